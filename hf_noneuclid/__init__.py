@@ -1,0 +1,58 @@
+"""Non-Euclidean gradient descent for the Hugging Face Trainer.
+
+Muon, Scion, PolarGrad and MuonMax, each with or without Momo: ``import hf_noneuclid``, then
+``TrainingArguments(optim="muonmax_momo")``. The optimizer itself needs nothing but torch.
+
+References:
+    M. Crawshaw, C. Modi, M. Liu, R. M. Gower, "An Exploration of Non-Euclidean Gradient Descent: Muon and
+    its Many Variants", arXiv 2510.09827, 2025.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from .methods import METHODS, create_optimizer
+from .optimizer import NonEuclideanDescent
+from .routing import route_parameters
+
+if TYPE_CHECKING:
+    from .trainer import NonEuclidTrainer, NonEuclidTrainerMixin
+
+__version__ = "0.1.0"
+__all__ = [
+    "METHODS",
+    "NonEuclidTrainer",
+    "NonEuclidTrainerMixin",
+    "NonEuclideanDescent",
+    "create_optimizer",
+    "register",
+    "route_parameters",
+]
+
+
+def register() -> None:
+    """Makes the methods known to the Trainer by name. May be called again; importing the package does.
+
+    Raises:
+        ImportError: transformers or accelerate is missing or too old.
+    """
+    from .trainer import register as register_with_transformers
+
+    register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("NonEuclidTrainer", "NonEuclidTrainerMixin"):
+        return getattr(importlib.import_module(".trainer", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if find_spec("transformers") and find_spec("accelerate"):
+    try:
+        register()
+    except ImportError as error:  # without them the optimizer still works
+        logging.getLogger(__name__).warning("the methods are not registered with the Trainer: %s", error)

@@ -1,0 +1,71 @@
+"""What a step leaves behind to be looked at: device tensors until somebody reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FATAL_RUN = 10
+"""This many bad steps in a row are no accident any more."""
+
+_STEPS, _BAD, _RUN, _TRUNCATED, _FATAL = range(5)
+
+
+class StepCounter:
+    """Counts steps, bad steps and truncated steps on the device, since the optimizer was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = torch.zeros(5, dtype=torch.int64, device=device)
+
+    def count(self, ok: Tensor, truncated: Tensor) -> None:
+        """Adds one step; ok and truncated are 0-d bool tensors."""
+        counts = self._counts
+        counts[_STEPS] += 1
+        counts[_BAD] += ~ok
+        counts[_RUN] = torch.where(ok, 0, counts[_RUN] + 1)
+        counts[_TRUNCATED] += truncated & ok
+        started = counts[_STEPS] - counts[_RUN] + 1
+        fatal = (counts[_RUN] == FATAL_RUN) & (counts[_FATAL] == 0)
+        counts[_FATAL] = torch.where(fatal, started, counts[_FATAL])
+
+    def read(self) -> dict[str, int]:
+        counts = self._counts.tolist()
+        return {
+            "steps": counts[_STEPS],
+            "bad_steps": counts[_BAD],
+            "consecutive_bad_steps": counts[_RUN],
+            "truncated_steps": counts[_TRUNCATED],
+            "first_fatal_step": counts[_FATAL],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """The scalars of one step, and its nuclear norms, as they stood on the device."""
+
+    lr: float
+    step_size: Tensor
+    truncated: Tensor
+    dual_norm: Tensor
+    loss: Tensor | None
+    running_loss: Tensor | None
+    lower_bound: float
+    nuclear_norms: Tensor
+    matrix_names: Sequence[str]
+
+    def read(self) -> dict[str, Any]:
+        nuclear = self.nuclear_norms.tolist()
+        return {
+            "lr": self.lr,
+            "step_size": self.step_size.item(),
+            "truncated": bool(self.truncated),
+            "dual_norm": self.dual_norm.item(),
+            "loss": None if self.loss is None else self.loss.item(),
+            "running_loss": None if self.running_loss is None else self.running_loss.item(),
+            "loss_lower_bound": self.lower_bound,
+            "nuclear_norms": dict(zip(self.matrix_names, nuclear, strict=True)),
+        }

@@ -1,0 +1,209 @@
+"""The methods of the paper as settings of one rule, and the typed reading of their options."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import options
+from .momo import Descent
+from .norms import VECTOR_NORMS, VectorNormName
+from .optimizer import NonEuclideanDescent
+from .product_norms import ProductNormName
+from .routing import route_parameters
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method of the paper: descent, product norm, and the norm of the vectors."""
+
+    descent: Descent
+    product_norm: ProductNormName
+    vector_norm: VectorNormName
+    momo: bool = False
+
+
+_PLAIN = {
+    "muon": Method("constrained", "linf", "ada_linf"),
+    "scion": Method("constrained", "linf", "linf"),
+    "polargrad": Method("regularized", "l2", "ada_l2"),
+    "muonmax": Method("regularized", "hybrid", "ada_l2"),
+}
+
+METHODS: dict[str, Method] = {
+    **_PLAIN,
+    **{
+        f"{name}_momo": Method(m.descent, m.product_norm, m.vector_norm, momo=True)
+        for name, m in _PLAIN.items()
+    },
+}
+"""Every named method. ``muon`` is the paper's MuonAdam."""
+
+FREE_METHOD = "noneuclid"
+"""The method whose descent, product norm, vector norm and momo are options."""
+
+ALIASES: dict[str, str] = {
+    "muonadam": "muon",
+    "muonadam_momo": "muon_momo",
+    "momo_muonadam": "muon_momo",
+    **{f"momo_{name}": f"{name}_momo" for name in _PLAIN},
+}
+
+DEFAULT_MATRIX_LR_SCALE = 10.0
+
+_METHOD_RULES: dict[str, options.Rule] = {
+    "descent": options.OPTIMIZER_OPTIONS["descent"],
+    "product_norm": options.OPTIMIZER_OPTIONS["product_norm"],
+    "vector_norm": (lambda x: x in VECTOR_NORMS, "one of " + ", ".join(VECTOR_NORMS)),
+    "momo": options.OPTIMIZER_OPTIONS["momo"],
+}
+_MOMO_ONLY = ("loss_lower_bound",)
+_TUNING = ("momentum", "beta2", "eps", "polar_method", "polar_steps", "nuclear_norm", *_MOMO_ONLY)
+_TUNING_RULES: dict[str, options.Rule] = {
+    **{name: options.OPTIMIZER_OPTIONS[name] for name in _TUNING},
+    "matrix_lr_scale": options.PARAMETER_OPTIONS["lr_scale"],
+}
+
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("momentum", "beta2", "eps", "loss_lower_bound", "matrix_lr_scale"), float),
+    "polar_steps": int,
+    "momo": bool,
+}
+
+
+def canonical_name(name: str) -> str:
+    """The method's own name for a name, an alias, or either with hyphens.
+
+    Raises:
+        ValueError: There is no such method; the known ones are listed.
+    """
+    plain = name.replace("-", "_")
+    plain = ALIASES.get(plain, plain)
+    if plain != FREE_METHOD and plain not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known are {', '.join([*METHODS, FREE_METHOD])}.")
+    return plain
+
+
+def all_names() -> list[str]:
+    """Every name that ``canonical_name`` knows, hyphenated ones included."""
+    names = [*METHODS, FREE_METHOD, *ALIASES]
+    return names + [name.replace("_", "-") for name in names if "_" in name]
+
+
+def parse_options(text: Mapping[str, str]) -> dict[str, Any]:
+    """Options given as text (``--optim_args "momentum=0.9,nuclear_norm=stale"``) as typed values.
+
+    Raises:
+        ValueError: An option is unknown, or its text is not of its type.
+    """
+    options.check_known(text, {*_METHOD_RULES, *_TUNING_RULES})
+    return {name: _parse(name, value, _TYPES.get(name, str)) for name, value in text.items()}
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        words = {float: "a number", int: "an integer", bool: "true or false"}[kind]
+        raise ValueError(f"option {name} must be {words}, not {text!r}.") from None
+
+
+def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
+    """A method, and the options that tune it, checked.
+
+    Args:
+        method: Any of ``all_names()``.
+        **values: ``momentum``, ``beta2``, ``eps``, ``polar_method``, ``polar_steps``, ``nuclear_norm``,
+            ``matrix_lr_scale``; with Momo ``loss_lower_bound``; for ``noneuclid`` also ``descent``,
+            ``product_norm``, ``vector_norm`` (all three required) and ``momo``.
+
+    Raises:
+        ValueError: An option is unknown to this method, missing, or out of range.
+    """
+    name = canonical_name(method)
+    where = f"method {name}: "
+    if name == FREE_METHOD:
+        options.check_known(values, {*_METHOD_RULES, *_TUNING_RULES}, where)
+        missing = [key for key in ("descent", "product_norm", "vector_norm") if key not in values]
+        if missing:
+            choices = "; ".join(f"{key}: {_METHOD_RULES[key][1]}" for key in missing)
+            raise ValueError(f"{where}missing {', '.join(missing)} ({choices}).")
+        chosen = {key: values.pop(key) for key in _METHOD_RULES if key in values}
+        options.check(chosen, _METHOD_RULES, where)
+        settings = Method(**chosen)
+    else:
+        settings = METHODS[name]
+    known = {key: rule for key, rule in _TUNING_RULES.items() if settings.momo or key not in _MOMO_ONLY}
+    options.check(values, known, where)
+    return settings, values
+
+
+def create_groups(
+    model: nn.Module, method: Method, *, matrix_lr_scale: float = DEFAULT_MATRIX_LR_SCALE, **routing: Any
+) -> list[dict[str, Any]]:
+    """The parameter groups of a method; the table of what went where is logged at INFO."""
+    groups, table = route_parameters(
+        model, vector_norm=method.vector_norm, matrix_lr_scale=matrix_lr_scale, **routing
+    )
+    logger.info("what is stepped as what:\n%s", table)
+    return groups
+
+
+def create_optimizer(
+    model: nn.Module,
+    method: str = "muonmax_momo",
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    decay_parameters: Collection[str] | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    **values: Any,
+) -> NonEuclideanDescent:
+    """Routes a model's parameters and makes the optimizer of a method for them.
+
+    Args:
+        model: Any module; the routing knows transformers' models best.
+        method: A key of ``METHODS``, an alias, or ``noneuclid``.
+        lr: Learning rate η.
+        weight_decay: Decoupled weight decay λ.
+        decay_parameters: Names of the parameters that decay; by default all.
+        target_modules: Chooses the matrices instead of the routing's rules: names or a regular expression.
+        **values: As of ``resolve``.
+
+    Raises:
+        ValueError: An unknown method or option, a value out of range, or a model without matrices.
+
+    Example:
+        >>> import torch, hf_noneuclid
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        >>> optimizer = hf_noneuclid.create_optimizer(model, "muonmax_momo", lr=1e-2)
+        >>> loss = model(torch.ones(2, 4)).square().mean()
+        >>> loss.backward()
+        >>> optimizer.step(loss=loss)
+    """
+    settings, tuning = resolve(method, **values)
+    groups = create_groups(
+        model,
+        settings,
+        matrix_lr_scale=tuning.pop("matrix_lr_scale", DEFAULT_MATRIX_LR_SCALE),
+        weight_decay=weight_decay,
+        decay_parameters=decay_parameters,
+        target_modules=target_modules,
+    )
+    return NonEuclideanDescent(groups, lr, **optimizer_arguments(settings, tuning))
+
+
+def optimizer_arguments(method: Method, tuning: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of ``NonEuclideanDescent`` for a method, without ``params`` and ``lr``."""
+    return {
+        "descent": method.descent,
+        "product_norm": method.product_norm,
+        "momo": method.momo,
+        **{key: value for key, value in tuning.items() if key != "matrix_lr_scale"},
+    }

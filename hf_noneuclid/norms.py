@@ -1,0 +1,135 @@
+"""The norms of the paper, each known through its dual norm and its steepest direction.
+
+For a momentum m, the dual norm d = ‖m‖_* and the steepest direction u satisfy ⟨m, u⟩ = d with ‖u‖ = 1.
+With a = ε + √v:
+
+==============  ==================  =============
+norm            d                   u
+==============  ==================  =============
+``spectral``    ‖m‖_nuclear         polar(m)
+``linf``        ‖m‖₁                sign(m)
+``ada_linf``    Σ m²/a              m / a
+``ada_l2``      √(Σ m²/a)           m / (a d)
+==============  ==================  =============
+
+A norm scaled by 1/s has d and u both multiplied by s; that scaling is the optimizer's.
+
+The vector norms work on lists of tensors, so that the elementwise work of a whole model is a few foreach
+calls. A parameter may lie in pieces on several ranks: ``partial`` of the pieces add up, and ``dual`` of
+the sum is the dual norm.
+
+References:
+    M. Crawshaw, C. Modi, M. Liu, R. M. Gower, "An Exploration of Non-Euclidean Gradient Descent: Muon and
+    its Many Variants", arXiv 2510.09827, 2025.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .polar import PolarMethod, polar_factor
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+VectorNormName = Literal["linf", "ada_linf", "ada_l2"]
+NormName = Literal["spectral", "linf", "ada_linf", "ada_l2"]
+VECTOR_NORMS: tuple[str, ...] = get_args(VectorNormName)
+NORMS: tuple[str, ...] = get_args(NormName)
+ADAPTIVE_NORMS = frozenset({"ada_linf", "ada_l2"})
+"""The norms that need the second moment v."""
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The inner product of two tensors of one shape as a 0-d tensor, in the wider of their dtypes."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(dtype))
+
+
+class VectorNorm(ABC):
+    """A norm that is computed entry by entry.
+
+    Every method takes the momenta m (and, where the norm is adaptive, the second moments v) of several
+    parameters as lists of tensors of any shape, float32 or float64.
+    """
+
+    @abstractmethod
+    def partial(self, m: Tensors, v: Tensors) -> Tensors:
+        """One 0-d tensor per parameter; what this adds up to over a parameter's pieces, ``dual`` takes."""
+
+    def dual(self, partial: Tensor) -> Tensor:
+        """The dual norms d, from the (summed) partials stacked in one tensor of shape (parameters,)."""
+        return partial
+
+    @abstractmethod
+    def direction(self, m: Tensors, v: Tensors, d: Tensors) -> Tensors:
+        """The steepest directions u, as new tensors; d holds the dual norms as 0-d tensors."""
+
+
+class LInf(VectorNorm):
+    """ℓ∞: the direction of sign descent."""
+
+    def partial(self, m: Tensors, v: Tensors) -> Tensors:
+        return torch._foreach_norm(m, 1)
+
+    def direction(self, m: Tensors, v: Tensors, d: Tensors) -> Tensors:
+        return torch._foreach_sign(m)
+
+
+@dataclass(frozen=True, slots=True)
+class AdaLInf(VectorNorm):
+    """Adaptive ℓ∞: the direction of Adam."""
+
+    eps: float = 1e-8
+
+    def partial(self, m: Tensors, v: Tensors) -> Tensors:
+        return [dot(*pair) for pair in zip(m, self._divided(m, v), strict=True)]
+
+    def direction(self, m: Tensors, v: Tensors, d: Tensors) -> Tensors:
+        return self._divided(m, v)
+
+    def _divided(self, m: Tensors, v: Tensors) -> Tensors:
+        """m / a."""
+        a = torch._foreach_sqrt(v)
+        torch._foreach_add_(a, self.eps)
+        return torch._foreach_div(m, a)
+
+
+class AdaL2(AdaLInf):
+    """Adaptive ℓ2: Adam's direction, scaled to unit length in the norm √(Σ a u²)."""
+
+    def dual(self, partial: Tensor) -> Tensor:
+        return partial.sqrt()
+
+    def direction(self, m: Tensors, v: Tensors, d: Tensors) -> Tensors:
+        u = self._divided(m, v)
+        # Where d is 0, so is m: any divisor but 0 gives the direction 0.
+        torch._foreach_div_(u, [torch.where(x == 0, 1, x) for x in d])
+        return u
+
+
+@dataclass(frozen=True, slots=True)
+class Spectral:
+    """The spectral norm of every matrix of a batch of shape (matrices, rows, columns)."""
+
+    polar_method: PolarMethod = "polar_express"
+    polar_steps: int = 5
+
+    def direction(self, m: Tensor) -> Tensor:
+        """The polar factors, of the shape of m, in the dtype that ``polar_factor`` computes in."""
+        return polar_factor(m, method=self.polar_method, steps=self.polar_steps)
+
+    def dual(self, m: Tensor, direction: Tensor) -> Tensor:
+        """The nuclear norms ⟨m, polar(m)⟩, of shape (matrices,)."""
+        nuclear: Tensor = (m * direction).sum(dim=(-2, -1))
+        return nuclear
+
+
+def vector_norm(name: str, eps: float = 1e-8) -> VectorNorm:
+    """The vector norm of that name; eps is the ε of a = ε + √v."""
+    norms: dict[str, VectorNorm] = {"linf": LInf(), "ada_linf": AdaLInf(eps), "ada_l2": AdaL2(eps)}
+    return norms[name]

@@ -1,0 +1,407 @@
+"""Non-Euclidean gradient descent: the optimizer, whose step reads as its four phases."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import options
+from .diagnostics import StepCounter, StepRecord
+from .geometry import Geometry
+from .history import History
+from .layouts import bind
+from .layouts.plan import Batch, Piece, Plan, make_pieces, make_plan, widened
+from .momo import Descent, model_value, truncated_step_size
+from .norms import Tensors
+from .polar import PolarMethod
+from .product_norms import ProductNormName, product_norm
+
+Loss = Tensor | float
+
+
+class Checked(NamedTuple):
+    """Phase 0: whether this step may be taken at all."""
+
+    ok: Tensor
+    grads: list[Tensor]
+    loss: Tensor | None
+    """f, the mean over the ranks."""
+    inner: Tensor | None
+    """Σ⟨p, g⟩."""
+
+
+class Measured(NamedTuple):
+    """Phase 2: what the momenta amount to."""
+
+    duals: dict[Batch, Tensor]
+    """d of every unit, before it is scaled."""
+    inner: Tensor | None
+    """Σ⟨p, m⟩."""
+
+
+class Decided(NamedTuple):
+    """Phase 3: what multiplies each unit's direction, and whether anything may move."""
+
+    ok: Tensor
+    step_size: Tensor
+    dual: Tensor
+    decay_rate: Tensor
+    """η, or 0 if nothing may move."""
+    coefficients: Tensor
+
+
+class NonEuclideanDescent(Optimizer):
+    """Steepest descent in a norm of your choice: Muon, Scion, PolarGrad, MuonMax, with or without Momo.
+
+    ``step`` never waits for the device. A step with a NaN or infinite loss or gradient changes nothing and
+    is counted (``diagnostics``).
+
+    Args:
+        params: Parameters, or groups of them, ``{"params": [...], "norm": ...}`` with ``norm`` one of
+            ``spectral`` (2-D: a matrix, 3-D: a stack of matrices, more or with ``flatten=True``: one matrix
+            of shape[0] rows), ``linf``, ``ada_linf``, ``ada_l2``. A group may set its own
+            ``weight_decay``, ``lr_scale`` and ``spectral_scale``; each of these and ``norm`` and
+            ``flatten`` may also be a list with an entry for each parameter. Named parameters are accepted.
+        lr: Learning rate η, one for all groups.
+        descent: ``constrained`` (p ← p - τ c u) or ``regularized`` (p ← p - τ D c u).
+        product_norm: ``linf``, ``l2`` or ``hybrid``.
+        momo: Truncate the step size by a model of the loss; needs the loss at every step.
+        loss_lower_bound: F*, a lower bound of the loss, in its units. Momo only.
+        momentum: β, of the momentum and of the running loss.
+        beta2: β₂, of the second moment.
+        eps: ε in a = ε + √v.
+        weight_decay: Decoupled weight decay λ: p ← (1 - ηλ) p.
+        spectral_scale: s; the spectral norm is divided by it.
+        polar_method: ``polar_express``, ``newton_schulz`` or ``svd``.
+        polar_steps: Iterations of the first two.
+        nuclear_norm: ``exact``; ``stale``, each matrix's of the step before; or ``frobenius``, ‖m‖_F instead.
+
+    Raises:
+        ValueError: An option is out of range or unknown, or differs between groups where it may not.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+        >>> matrices = [p for p in model.parameters() if p.ndim == 2]
+        >>> vectors = [p for p in model.parameters() if p.ndim == 1]
+        >>> optimizer = NonEuclideanDescent(
+        ...     [{"params": matrices, "norm": "spectral"}, {"params": vectors, "norm": "ada_l2"}],
+        ...     lr=1e-2, descent="regularized", product_norm="hybrid", momo=True,
+        ... )
+        >>> loss = model(torch.ones(2, 4)).square().mean()
+        >>> loss.backward()
+        >>> optimizer.step(loss=loss)
+
+    References:
+        M. Crawshaw, C. Modi, M. Liu, R. M. Gower, "An Exploration of Non-Euclidean Gradient Descent: Muon
+        and its Many Variants", arXiv 2510.09827, 2025.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        descent: Descent,
+        product_norm: ProductNormName,
+        momo: bool = False,
+        loss_lower_bound: float = 0.0,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        spectral_scale: float = 1.0,
+        polar_method: PolarMethod = "polar_express",
+        polar_steps: int = 5,
+        nuclear_norm: options.NuclearNorm = "exact",
+    ) -> None:
+        defaults = {key: value for key, value in locals().items() if key in options.OPTIMIZER_OPTIONS}
+        options.check(defaults)
+        self._reset()
+        super().__init__(params, {**defaults, "lr_scale": 1.0, "flatten": False})
+
+    def _reset(self) -> None:
+        """Forgets what is derived from groups and state; the next step derives it again."""
+        self._observed: Loss | None = None
+        self._plan: Plan | None = None
+        self._plan_key: list[Any] = []
+        self._record: StepRecord | None = None
+        self._counter: StepCounter | None = None
+        self._first_loss: Tensor | None = None
+        self._first_loss_seen = bool(getattr(self, "state", None))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, after checking its options against the others'."""
+        options.check_group(param_group, self.defaults, len(self.param_groups))
+        super().add_param_group(param_group)
+        options.check_parameters(self.param_groups[-1])
+
+    # ---------------------------------------------------------------- the loss
+
+    def observe_loss(self, loss: Loss, *, begin: bool = False) -> None:
+        """Notes the loss whose gradients the next ``step`` will use, where it cannot be passed to ``step``.
+
+        What is observed adds up until a step is taken: under gradient accumulation, observe each
+        micro-batch's share.
+
+        Args:
+            loss: Python number or tensor of one element. Under DDP, this rank's: ``step`` takes the mean.
+            begin: A new accumulation window begins, so drop what was observed before (a loss scaler may
+                have skipped its step).
+        """
+        if isinstance(loss, Tensor):
+            loss = loss.detach()
+        self._observed = loss if begin or self._observed is None else self._observed + loss
+
+    def _take_loss(self, closure: Callable[[], Loss] | None, loss: Loss | None) -> Loss | None:
+        if closure is not None:
+            if loss is not None:
+                raise ValueError(
+                    "step() got both a closure and a loss. Pass one: the closure returns the loss."
+                )
+            with torch.enable_grad():
+                loss = closure()
+        observed, self._observed = self._observed, None
+        loss = observed if loss is None else loss
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(
+                f"the loss has shape {tuple(loss.shape)}; step() needs one number, such as its mean."
+            )
+        return loss
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Loss] | None = None, *, loss: Loss | None = None
+    ) -> Loss | None:
+        """Takes one step.
+
+        Args:
+            closure: Computes the loss and its gradients again, and returns the loss.
+            loss: The loss that produced the gradients. Needed with Momo, unless ``observe_loss`` was called.
+
+        Returns:
+            The loss that was used, or None.
+
+        Raises:
+            ValueError: A closure together with a loss, or different learning rates in the groups.
+            RuntimeError: Momo is on and no loss is known, or a gradient is sparse.
+        """
+        loss = self._take_loss(closure, loss)
+        lr = self._common_lr()
+        preparing = not self.state and lr == 0 and loss is None
+        if self._option("momo") and loss is None and not preparing:
+            raise RuntimeError(
+                "Momo needs the loss of every step, and none was observed. Call step(loss=loss), or "
+                "observe_loss(loss) before step(), or train with the Trainer, which does it; or use the "
+                "method without _momo."
+            )
+        plan = self._current_plan()
+        if preparing and self._option("momo"):
+            return None  # torch prepares a sharded load this way: state exists now, nothing was seen
+
+        checked = self._check(plan, loss, must_move=preparing)
+        self._accumulate(checked)
+        measured = self._measure(plan)
+        decided = self._decide(plan, lr, checked, measured)
+        self._apply(plan, decided, measured)
+        self._report(plan, lr, checked, measured, decided)
+        return loss
+
+    def _check(self, plan: Plan, loss: Loss | None, must_move: bool) -> Checked:
+        """Phase 0: f, Σ⟨p, g⟩ and every gradient finite? Nothing is written before this is known."""
+        grads = [_gradient(piece) for piece in plan.pieces]
+        largest = plan.stack(torch._foreach_norm(grads, torch.inf))
+        ok = (largest <= plan.gradient_limits).all()
+        if must_move:
+            ok = ok & (largest > 0).any()
+        mean_loss = inner = None
+        if loss is not None:
+            mean_loss = self._layout.mean_loss(plan.scalar(loss))
+            ok = ok & mean_loss.isfinite()
+        if self._option("momo"):
+            inner = plan.inner(grads)
+            ok = ok & inner.isfinite()
+        return Checked(ok, grads, mean_loss, inner)
+
+    def _accumulate(self, checked: Checked) -> None:
+        """Phase 1: m and v from g, f̄ from f - Σ⟨p, g⟩."""
+        momentum, beta2 = self._option("momentum"), self._option("beta2")
+        self._history.accumulate(checked.grads, checked.ok, momentum=momentum, beta2=beta2)
+        if checked.loss is not None and checked.inner is not None:
+            self._history.accumulate_loss(checked.loss - checked.inner, checked.ok, momentum=momentum)
+        self._history.count(checked.ok)
+
+    def _measure(self, plan: Plan) -> Measured:
+        """Phase 2: the dual norms d, and Σ⟨p, m⟩."""
+        duals = {batch: self._geometry.dual(batch) for batch in plan.batches}
+        inner = plan.inner(self._history.momenta(plan.pieces)) if self._option("momo") else None
+        return Measured(duals, inner)
+
+    def _decide(self, plan: Plan, lr: float, checked: Checked, measured: Measured) -> Decided:
+        """Phase 3: D, the shares c and τ."""
+        descent: Descent = self._option("descent")
+        d = plan.over_units(measured.duals, plan.batches) * plan.scales
+        n = plan.matrix_units
+        product = product_norm(self._option("product_norm")).compose(d[:n], d[n:])
+        eta = plan.scalar(lr)
+        tau = torch.where(product.dual == 0, 0, eta)
+        if measured.inner is not None:
+            height = model_value(self._history.running_loss, measured.inner, self._option("loss_lower_bound"))
+            tau = truncated_step_size(eta, height, product.dual, descent)
+        ok = checked.ok & product.dual.isfinite() & tau.isfinite()
+        shares = torch.cat([product.matrix_shares, product.vector_shares])
+        length = tau * product.dual if descent == "regularized" else tau
+        coefficients = torch.where(ok, -length * shares * plan.scales, 0)
+        return Decided(ok, tau, product.dual, eta * ok, coefficients)
+
+    def _apply(self, plan: Plan, decided: Decided, measured: Measured) -> None:
+        """Phase 4: p ← (1 - ηλ) p + coefficient u."""
+        coefficients = torch.split(decided.coefficients, [batch.units for batch in plan.batches])
+        for batch, coefficient in zip(plan.batches, coefficients, strict=True):
+            directions = self._geometry.directions(batch, measured.duals[batch], decided.ok)
+            _move(batch, directions, coefficient, decided.decay_rate)
+        self._geometry.end_step()
+
+    # ---------------------------------------------------------------- what the phases use
+
+    def _option(self, name: str) -> Any:
+        return self.param_groups[0][name]
+
+    def _common_lr(self) -> float:
+        rates = {float(group["lr"]) for group in self.param_groups}
+        if len(rates) > 1:
+            raise ValueError(
+                f"the groups have different learning rates, {sorted(rates)}; there is one η. Use lr_scale to "
+                "scale a group's steps."
+            )
+        return rates.pop()
+
+    def _current_plan(self) -> Plan:
+        """The plan, made anew if parameters were added, frozen or replaced, or their options changed."""
+        key = [
+            [group[option] for option in options.PARAMETER_OPTIONS]
+            + [(id(param), param.requires_grad) for param in group["params"]]
+            for group in self.param_groups
+        ]
+        if self._plan is None or key != self._plan_key:
+            self._plan, self._plan_key = self._new_plan(), key
+        return self._plan
+
+    def _new_plan(self) -> Plan:
+        pieces = make_pieces(self.param_groups, self._option("descent"))
+        pieces = [x for x in pieces if x.param.numel() and (x.param.requires_grad or x.param in self.state)]
+        if not pieces:
+            raise RuntimeError("no parameter of the optimizer requires a gradient: there is nothing to step.")
+        self._layout = bind([piece.param for piece in pieces], [piece.name for piece in pieces])
+        plan = make_plan(pieces)
+        momo, stale = self._option("momo"), self._option("nuclear_norm") == "stale"
+        self._history = History(
+            self.state, pieces, momo=momo, stale=stale, dtype=plan.dtype, device=plan.device
+        )
+        self._geometry = Geometry(self._history, self.param_groups[0])
+        return plan
+
+    # ---------------------------------------------------------------- what the user sees
+
+    def _report(self, plan: Plan, lr: float, checked: Checked, measured: Measured, decided: Decided) -> None:
+        if self._counter is None:
+            self._counter = StepCounter(plan.device)
+        truncated = decided.step_size < lr
+        self._counter.count(decided.ok, truncated)
+        if not self._first_loss_seen and self._option("momo"):
+            self._first_loss, self._first_loss_seen = checked.loss, True
+        self._record = StepRecord(
+            lr=lr,
+            step_size=decided.step_size,
+            truncated=truncated,
+            dual_norm=decided.dual,
+            loss=checked.loss,
+            running_loss=self._history.running_loss.clone() if checked.inner is not None else None,
+            lower_bound=self._option("loss_lower_bound"),
+            nuclear_norms=plan.over_units(measured.duals, plan.matrices),
+            matrix_names=plan.matrix_names(),
+        )
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What the last step did. Reading waits for the device; steps that nobody reads do not.
+
+        Returns:
+            An empty dict before the first step; then ``lr`` η, ``step_size`` τ, ``truncated``, ``dual_norm``
+            D, ``loss`` (mean over the ranks, None if unknown), ``running_loss`` f̄ (None without Momo),
+            ``loss_lower_bound`` F*, ``nuclear_norms`` by the matrix's name (as the step used them: exact,
+            stale or Frobenius), and counts since the optimizer was made: ``steps``, ``truncated_steps``,
+            ``bad_steps``, ``consecutive_bad_steps``, and ``first_fatal_step``, the first of ten bad steps
+            in a row (0 if that did not happen).
+        """
+        if self._record is None or self._counter is None:
+            return {}
+        self._warn_of_high_bound()
+        return {**self._record.read(), **self._counter.read()}
+
+    def _warn_of_high_bound(self) -> None:
+        """Once: with a lower bound above the loss no step is ever taken."""
+        first, bound = self._first_loss, self._option("loss_lower_bound")
+        self._first_loss = None
+        if first is not None and bound > (loss := first.item()):
+            warnings.warn(
+                f"loss_lower_bound is {bound:g}, above the first loss, {loss:g}: Momo takes the "
+                "loss for one that cannot fall and makes no step. Give a bound below every loss, such as 0.0 "
+                "for cross-entropy.",
+                stacklevel=3,
+            )
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of an optimizer of the same method.
+
+        Unlike torch's own, it leaves the dtype of the state as it was saved: float32 for bfloat16
+        parameters. Options that differ are taken from the checkpoint, with a warning.
+
+        Raises:
+            ValueError: The checkpoint is of another method, or its groups or parameters do not fit.
+        """
+        for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            options.check_checkpoint(ours, saved)
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for i, param in zip(saved_ids, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                self.state[param][key] = value.detach().to(param.device, copy=True)
+
+
+def _gradient(piece: Piece) -> Tensor:
+    """p.grad; a missing one counts as zero, as it is on engines that cannot tell the two apart."""
+    grad = piece.param.grad
+    if grad is None:
+        return torch.zeros_like(piece.param)
+    options.check_gradient(grad, piece.name)
+    return grad
+
+
+def _move(batch: Batch, directions: Tensors, coefficients: Tensor, decay_rate: Tensor) -> None:
+    """p ← (1 - ηλ) p + coefficient u, rounded once to the dtype of p; coefficients are (units,)."""
+    params = [piece.param for piece in batch.pieces]
+    wide = [widened(param) for param in params]
+    coefficients = coefficients.to(params[0].device)
+    if batch.weight_decay:
+        torch._foreach_mul_(wide, (1 - decay_rate * batch.weight_decay).to(params[0].device))
+    parts = [
+        c.reshape(()) if piece.units == 1 else c.reshape(-1, 1, 1)
+        for piece, c in zip(batch.pieces, torch.split(coefficients, batch.counts), strict=True)
+    ]
+    torch._foreach_addcmul_(wide, list(directions), parts)
+    if wide[0] is not params[0]:
+        torch._foreach_copy_(params, wide)

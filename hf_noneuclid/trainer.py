@@ -1,0 +1,343 @@
+"""The Hugging Face Trainer: the methods by name, the loss for Momo, the step size in the logs.
+
+``register`` enters the methods into the Trainer's registry of optimizers and adds a callback that is inert
+until a Trainer trains with one of them; only then ``Accelerator.backward`` is observed, since every loss
+passes through it, once, whatever a Trainer's subclass does. ``NonEuclidTrainerMixin`` does the same for one
+Trainer alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from .methods import (
+    all_names,
+    create_groups,
+    optimizer_arguments,
+    parse_options,
+    resolve,
+)
+from .optimizer import NonEuclideanDescent
+
+try:
+    import transformers.trainer as hf_trainer
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
+    from transformers.training_args import OptimizerNames
+except ImportError as error:
+    raise ImportError(
+        f"hf_noneuclid needs transformers >= 5.3 and accelerate for the Trainer ({error}). "
+        "Install them with: pip install 'hf_noneuclid[trainer]'"
+    ) from error
+
+_MixedInto: Any = object  # whatever Trainer a user mixes it into
+
+logger = logging.getLogger(__name__)
+
+# ---------------------------------------------------------------- the loss
+
+
+class _LossObserver:
+    """Passes the loss of every backward to the optimizers of an accelerator.
+
+    A window of accumulation ends with a backward that synchronises gradients, whether or not a step
+    follows it: a loss scaler may skip the step, and its loss must not be added to the next window's.
+    """
+
+    def __init__(self) -> None:
+        self._window_is_over: WeakKeyDictionary[Accelerator, bool] = WeakKeyDictionary()
+
+    def observe(self, accelerator: Accelerator, loss: Tensor, **kwargs: Any) -> None:
+        share = loss.detach() / _accumulation_divisor(accelerator, **kwargs)
+        begin = self._window_is_over.get(accelerator, True)
+        for optimizer in map(find_optimizer, accelerator._optimizers):
+            if optimizer is not None:
+                optimizer.observe_loss(share, begin=begin)
+        self._window_is_over[accelerator] = accelerator.sync_gradients
+
+
+def _accumulation_divisor(accelerator: Accelerator, scale_wrt_gas: bool = True, **_: Any) -> int:
+    """What backward itself divides the loss by (the Trainer divides before, and sets this to 1)."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return int(accelerator.gradient_accumulation_steps)
+    engine = accelerator.deepspeed_engine_wrapped.engine
+    return int(engine.gradient_accumulation_steps()) if scale_wrt_gas else 1
+
+
+def find_optimizer(optimizer: Any) -> NonEuclideanDescent | None:
+    """The NonEuclideanDescent inside the wrappers of accelerate and DeepSpeed, if there is one."""
+    while optimizer is not None and not isinstance(optimizer, NonEuclideanDescent):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+_OBSERVER = _LossObserver()
+_OBSERVED_ALONE: WeakSet[Accelerator] = WeakSet()
+"""Accelerators whose own ``backward`` is observed, by a NonEuclidTrainerMixin."""
+
+
+def _observed(backward: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(backward)
+    def observed_backward(accelerator: Accelerator, loss: Tensor, **kwargs: Any) -> None:
+        if accelerator not in _OBSERVED_ALONE:
+            # Before the backward: under DeepSpeed the optimizer steps inside it.
+            _OBSERVER.observe(accelerator, loss, **kwargs)
+        backward(accelerator, loss, **kwargs)
+
+    observed_backward.observes_loss = True  # type: ignore[attr-defined]
+    return observed_backward
+
+
+def observe_all_accelerators() -> None:
+    """Observes the loss of every accelerator in this process. May be called again."""
+    if not getattr(Accelerator.backward, "observes_loss", False):
+        Accelerator.backward = _observed(Accelerator.backward)
+
+
+def observe_accelerator(accelerator: Accelerator) -> None:
+    """Observes the loss of one accelerator, and leaves the class alone. May be called again."""
+    if accelerator in _OBSERVED_ALONE:
+        return
+    backward = accelerator.backward
+
+    @functools.wraps(backward)
+    def observed_backward(loss: Tensor, **kwargs: Any) -> None:
+        _OBSERVER.observe(accelerator, loss, **kwargs)
+        backward(loss, **kwargs)
+
+    accelerator.backward = observed_backward
+    _OBSERVED_ALONE.add(accelerator)
+
+
+# ---------------------------------------------------------------- the log
+
+
+class StepLog:
+    """What the log of a Trainer says of its optimizer since it said so last."""
+
+    def __init__(self) -> None:
+        self._before = {"steps": 0, "truncated_steps": 0, "bad_steps": 0}
+
+    def read(self, optimizer: NonEuclideanDescent, global_step: int) -> dict[str, float]:
+        """Metrics for the log; empty before the first step.
+
+        Raises:
+            RuntimeError: Ten steps in a row were bad.
+        """
+        now = optimizer.diagnostics()
+        if not now:
+            return {}
+        # The optimizer counts from its own start, the Trainer from that of the run.
+        _refuse_fatal(now, offset=global_step - now["steps"])
+        since = {key: now[key] - before for key, before in self._before.items()}
+        self._before = {key: now[key] for key in self._before}
+        metrics = {"step_size": now["step_size"], "dual_norm": now["dual_norm"]}
+        if now["running_loss"] is not None:
+            metrics["truncation_rate"] = since["truncated_steps"] / max(1, since["steps"])
+            metrics["loss_lower_bound"] = now["loss_lower_bound"]
+        if since["bad_steps"]:
+            logger.warning(
+                "%d of the last %d steps had a NaN or infinite loss or gradient and changed nothing.",
+                since["bad_steps"],
+                since["steps"],
+            )
+            metrics["bad_steps"] = since["bad_steps"]
+        return metrics
+
+
+def _refuse_fatal(diagnostics: dict[str, Any], offset: int) -> None:
+    first = diagnostics["first_fatal_step"]
+    if first:
+        raise RuntimeError(
+            f"ten steps in a row had a NaN or infinite loss or gradient, the first of them step "
+            f"{first + offset}; none of them changed a parameter. Look for the cause in the data of that "
+            "step, lower the learning rate, or train in a wider number format; the last checkpoint is sound."
+        )
+
+
+class NonEuclidCallback(TrainerCallback):
+    """Observes the loss and logs the step size where the optimizer is ours; inert elsewhere."""
+
+    def __init__(self) -> None:
+        self._log = StepLog()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if find_optimizer(kwargs.get("optimizer")) is not None:
+            self._log = StepLog()
+            observe_all_accelerators()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = find_optimizer(kwargs.get("optimizer"))
+        if optimizer is not None and state.global_step == 1:
+            optimizer.diagnostics()  # warns of a lower bound above the first loss, while it is early
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        optimizer = find_optimizer(kwargs.get("optimizer"))
+        if optimizer is None or "learning_rate" not in logs or "step_size" in logs:
+            return
+        metrics = self._log.read(optimizer, state.global_step)
+        logs.update(metrics)
+        state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = find_optimizer(kwargs.get("optimizer"))
+        if optimizer is not None:
+            self._log.read(optimizer, state.global_step)
+
+
+# ---------------------------------------------------------------- by name
+
+
+def _make_optimizer_arguments(
+    method: str, args: Any, model: nn.Module, decay_parameters: list[str], values: dict[str, Any]
+) -> dict[str, Any]:
+    """The keyword arguments of NonEuclideanDescent, ``params`` included, for a Trainer."""
+    _refuse_unsupported_engine()
+    settings, tuning = resolve(method, **values)
+    scale = {key: tuning[key] for key in ("matrix_lr_scale",) if key in tuning}
+    groups = create_groups(
+        model,
+        settings,
+        weight_decay=args.weight_decay,
+        decay_parameters=decay_parameters,
+        target_modules=args.optim_target_modules,
+        **scale,
+    )
+    return {"params": groups, "lr": args.learning_rate, **optimizer_arguments(settings, tuning)}
+
+
+def _handle(context: OptimizerContext) -> tuple[type[NonEuclideanDescent], dict[str, Any]]:
+    """What the Trainer's registry calls. A class with ``params``: other libraries extend a factory's keys."""
+    name = _name(context.args.optim)
+    if context.model is None:
+        raise ValueError(f"optim={name!r} needs the model, to tell its matrices from its vectors.")
+    # The method reads nothing of the Trainer it belongs to.
+    decay = Trainer.get_decay_parameter_names(None, context.model)
+    values = parse_options(context.optim_args)
+    return NonEuclideanDescent, _make_optimizer_arguments(name, context.args, context.model, decay, values)
+
+
+def _refuse_unsupported_engine() -> None:
+    if not AcceleratorState._shared_state:
+        return
+    state = AcceleratorState()
+    if state.distributed_type == DistributedType.FSDP:
+        version = getattr(state.fsdp_plugin, "fsdp_version", 1)
+        if version == 1:
+            raise RuntimeError(
+                "FSDP version 1 flattens parameters, and a flat piece is no matrix any more. Use FSDP2 "
+                "(fsdp_version: 2) once it is supported here; now one device or DDP."
+            )
+        raise RuntimeError("FSDP2 is not supported yet; train on one device or with DDP.")
+    if state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RuntimeError(
+            f"{state.distributed_type.value} is not supported yet; train on one device or with DDP."
+        )
+
+
+def register() -> None:
+    """Enters the methods into the Trainer's registry and adds the callback. May be called again."""
+    for name in all_names():
+        if name in OptimizerNames._value2member_map_:
+            member = OptimizerNames(name)
+            if _OPTIMIZER_HANDLERS.get(member) is not _handle:
+                logger.warning(
+                    "transformers has an optimizer %r of its own, which stays; ours is reached as "
+                    "hf_noneuclid.create_optimizer(model, %r, ...).",
+                    name,
+                    name,
+                )
+            continue
+        _OPTIMIZER_HANDLERS[_add_member(name)] = _handle
+    if NonEuclidCallback not in hf_trainer.DEFAULT_CALLBACKS:
+        # First, so that what it adds to the logs is seen by the callbacks that report them.
+        hf_trainer.DEFAULT_CALLBACKS.insert(0, NonEuclidCallback)
+
+
+def _add_member(value: str) -> OptimizerNames:
+    """Adds a member to OptimizerNames, since TrainingArguments checks names there and pickles by them."""
+    member = str.__new__(OptimizerNames, value)
+    member._name_ = value.upper().replace("-", "__")
+    member._value_ = value
+    type.__setattr__(OptimizerNames, member._name_, member)
+    OptimizerNames._member_names_.append(member._name_)
+    OptimizerNames._member_map_[member._name_] = member
+    OptimizerNames._value2member_map_[value] = member
+    return member
+
+
+# ---------------------------------------------------------------- by class
+
+
+class NonEuclidTrainerMixin(_MixedInto):
+    """Puts a method of this package into a Trainer, and touches nothing outside it.
+
+    Goes before the Trainer's class: ``class MyTrainer(NonEuclidTrainerMixin, SFTTrainer)``. If
+    ``args.optim`` names one of our methods, that is used, with ``args.optim_args``; else the two
+    attributes below are.
+
+    Attributes:
+        method: Name of the method.
+        method_options: Its options, as of ``create_optimizer``.
+    """
+
+    method: str = "muonmax_momo"
+    method_options: dict[str, Any] = {}  # noqa: RUF012  (a default that subclasses replace)
+
+    optimizer: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self._step_log = StepLog()
+        observe_accelerator(self.accelerator)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decay = self.get_decay_parameter_names(model)
+            method, values = self._method_and_options()
+            arguments = _make_optimizer_arguments(method, self.args, model, decay, values)
+            self.optimizer = NonEuclideanDescent(**arguments)
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        optimizer = find_optimizer(self.optimizer)
+        if optimizer is not None and "learning_rate" in logs:
+            logs.update(self._step_log.read(optimizer, self.state.global_step))
+        super().log(logs, *args, **kwargs)
+
+    def _method_and_options(self) -> tuple[str, dict[str, Any]]:
+        asked, default = (_name(optim) for optim in (self.args.optim, _default_optim(self.args)))
+        values = parse_options(_parse_optim_args(self.args.optim_args))
+        if asked in all_names():
+            return asked, values
+        if asked != default:
+            raise ValueError(
+                f"{type(self).__name__} trains with {self.method!r}, but optim={asked!r} was asked for. "
+                "Leave optim at its default, name one of our methods there, or use another Trainer."
+            )
+        return self.method, {**self.method_options, **values}
+
+
+def _name(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))
+
+
+def _default_optim(args: Any) -> Any:
+    return next(field.default for field in dataclasses.fields(args) if field.name == "optim")
+
+
+class NonEuclidTrainer(NonEuclidTrainerMixin, Trainer):
+    """The Trainer, with the optimizers of this package and nothing global touched."""
