@@ -66,7 +66,8 @@ def polar_factor(
         dtype: What to compute in. By default float64 stays, CUDA computes in bfloat16, all else in float32.
 
     Returns:
-        The polar factors, of the shape of ``m`` and the dtype that was computed in.
+        The polar factors, of the shape of ``m`` and the dtype that was computed in (by ``svd`` never less
+        than float32).
 
     References:
         N. Amsel et al., "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon
@@ -79,7 +80,7 @@ def polar_factor(
     if m.shape[-2] == 1:
         return x.to(dtype)
     if method == "svd":
-        return _svd_polar(x)
+        return _svd_polar(x.to(dtype) if dtype in (torch.float32, torch.float64) else x)
     return _iterate(x.to(dtype), _coefficients(method, steps, dtype))
 
 

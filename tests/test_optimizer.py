@@ -1,0 +1,625 @@
+"""What NonEuclideanDescent promises beyond its formulas: state, bad steps, errors, no waiting."""
+
+import copy
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_noneuclid.norms
+from hf_noneuclid import METHODS, NonEuclideanDescent, create_optimizer
+from hf_noneuclid.options import NUCLEAR_NORMS
+
+
+class Net(torch.nn.Module):
+    """Square, tall and wide matrices, a stack, a convolution, and vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 6)
+        self.square = torch.nn.Linear(6, 6)
+        self.up = torch.nn.Linear(6, 10)
+        self.down = torch.nn.Linear(10, 6, bias=False)
+        self.conv = torch.nn.Conv1d(6, 4, 3)
+        self.experts = torch.nn.Parameter(torch.randn(3, 6, 5) / 3)
+        self.norm = torch.nn.LayerNorm(6)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = self.square(x) + self.down(self.up(x).relu())
+        x = self.norm(x + torch.einsum("btd,edh,efh->btf", x, self.experts, self.experts))
+        return (self.conv(x.mT).square().mean() - 0.1).square() + 0.5
+
+
+def make(method="muonmax_momo", seed=0, dtype=torch.float32, lr=0.02, **options):
+    torch.manual_seed(seed)
+    net = Net().to(dtype)
+    with torch.no_grad():
+        net.embed.weight.normal_()
+    options.setdefault("weight_decay", 0.1)
+    return net, create_optimizer(net, method, lr=lr, target_modules=TARGETS, **options)
+
+
+TARGETS = r"square|up|down|conv|"  # and the stack, which stands in the root module
+TOKENS = torch.randint(0, 11, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def backward(net):
+    net.zero_grad()
+    loss = net(TOKENS)
+    loss.backward()
+    return loss.detach()
+
+
+def train(net, optimizer, steps):
+    for _ in range(steps):
+        optimizer.step(loss=backward(net))
+
+
+def snapshot(net, optimizer):
+    state = {
+        (i, key): value.clone()
+        for i, s in optimizer.state_dict()["state"].items()
+        for key, value in s.items()
+    }
+    return [p.detach().clone() for p in net.parameters()], state
+
+
+def same(one, other):
+    params, state = one
+    params2, state2 = other
+    return (
+        all(map(torch.equal, params, params2))
+        and state.keys() == state2.keys()
+        and all(torch.equal(state[key], state2[key]) for key in state)
+    )
+
+
+def through_disk(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+# -------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_lowers_the_loss(method):
+    net, optimizer = make(method, lr=0.003)
+    before = backward(net)
+    train(net, optimizer, 20)
+    assert backward(net) < before
+
+
+def test_the_stack_and_the_convolution_are_stepped_as_matrices():
+    net, optimizer = make()
+    train(net, optimizer, 1)
+    norms = optimizer.diagnostics()["nuclear_norms"]
+    m = {name: optimizer.state[p]["momentum"] for name, p in net.named_parameters()}
+    expert = torch.linalg.matrix_norm(m["experts"][1], "nuc").item()
+    conv = torch.linalg.matrix_norm(m["conv.weight"].flatten(1), "nuc").item()
+    assert norms["experts[1]"] == pytest.approx(expert, rel=0.13)
+    assert norms["conv.weight"] == pytest.approx(conv, rel=0.13)
+    assert len(norms) == 3 + 1 + 3
+
+
+@pytest.mark.parametrize("method", ["muon", "muonmax"])
+def test_matrix_lr_scale_multiplies_the_matrices_step(method):
+    moved = []
+    for scale in (1.0, 3.0):
+        net, optimizer = make(method, matrix_lr_scale=scale, weight_decay=0.0, polar_method="svd")
+        before = net.up.weight.detach().clone()
+        train(net, optimizer, 1)
+        moved.append((net.up.weight - before).norm().item())
+    # The dual norms before scaling are the same in both runs, so under RSD D_M grows as s and the step as s².
+    assert moved[1] / moved[0] == pytest.approx(3.0, rel=1e-4)
+
+
+def test_momentum_and_gradients_are_left_to_their_owners():
+    net, optimizer = make()
+    train(net, optimizer, 2)
+    loss = backward(net)
+    before = [p.grad.clone() for p in net.parameters()]
+    optimizer.step(loss=loss)
+    assert all(map(torch.equal, before, (p.grad for p in net.parameters())))
+
+
+def test_two_parameters_of_one_shape_are_not_mixed():
+    """Batching must not orthogonalise across parameters."""
+    params = [torch.nn.Parameter(torch.randn(4, 6, dtype=torch.float64)) for _ in range(3)]
+    alone = copy.deepcopy(params[1])
+    options = {"lr": 0.1, "descent": "constrained", "product_norm": "linf", "polar_method": "svd"}
+    together = NonEuclideanDescent([{"params": params, "norm": "spectral"}], **options)
+    single = NonEuclideanDescent([{"params": [alone], "norm": "spectral"}], **options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    alone.grad = params[1].grad.clone()
+    together.step()
+    single.step()
+    torch.testing.assert_close(params[1], alone)
+
+
+def test_options_may_differ_between_the_parameters_of_one_group():
+    grouped, listed = make_pair(torch.float64)
+    for net, optimizer in (grouped, listed):
+        train(net, optimizer, 5)
+    for p, q in zip(grouped[0].parameters(), listed[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def make_pair(dtype):
+    """The same options, once in groups and once in lists inside one group."""
+    net, optimizer = make(dtype=dtype)
+    twin, _ = make(dtype=dtype)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    lists = {
+        key: [group[key] for group in optimizer.param_groups for _ in group["params"]]
+        for key in ("norm", "weight_decay", "lr_scale", "flatten")
+    }
+    params = dict(twin.named_parameters())
+    group = {"params": [(name, params[name]) for name in names], **lists}
+    single = NonEuclideanDescent([group], lr=0.02, descent="regularized", product_norm="hybrid", momo=True)
+    return (net, optimizer), (twin, single)
+
+
+# -------------------------------------------------------------------- missing gradients, frozen, added
+
+
+@pytest.mark.parametrize("method", ["muonmax_momo", "muon"])
+def test_a_missing_gradient_counts_as_zero(method):
+    results = []
+    for missing in (None, "zeros"):
+        net, optimizer = make(method)
+        for step in range(4):
+            loss = backward(net)
+            if step in (0, 2):
+                net.up.weight.grad = None if missing is None else torch.zeros_like(net.up.weight)
+                net.norm.weight.grad = None if missing is None else torch.zeros_like(net.norm.weight)
+            optimizer.step(loss=loss)
+        results.append(snapshot(net, optimizer))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("method", ["muonmax_momo", "muonmax"])
+def test_a_parameter_that_joins_late_starts_as_the_design_says(method):
+    net, optimizer = make(method)
+    net.up.weight.requires_grad_(False)
+    net.norm.weight.requires_grad_(False)
+    train(net, optimizer, 3)
+    assert net.up.weight not in optimizer.state
+    net.up.weight.requires_grad_()
+    net.norm.weight.requires_grad_()
+    loss = backward(net)
+    optimizer.step(loss=loss)
+    fraction = 0.05 if method == "muonmax_momo" else 1.0  # zero history, or its first gradient
+    for p in (net.up.weight, net.norm.weight):
+        torch.testing.assert_close(optimizer.state[p]["momentum"], fraction * p.grad)
+    train(net, optimizer, 2)
+
+
+def test_a_frozen_parameter_stands_still_while_its_momentum_decays_in_the_model():
+    net, optimizer = make()
+    train(net, optimizer, 3)
+    net.up.weight.requires_grad_(False)
+    before = net.up.weight.detach().clone()
+    m = optimizer.state[net.up.weight]["momentum"].clone()
+    train(net, optimizer, 2)
+    assert torch.equal(net.up.weight, before)
+    torch.testing.assert_close(optimizer.state[net.up.weight]["momentum"], 0.95**2 * m)
+
+
+def test_a_group_added_later_is_trained():
+    net, optimizer = make()
+    train(net, optimizer, 2)
+    extra = torch.nn.Parameter(torch.ones(5))
+    optimizer.add_param_group({"params": [("extra", extra)], "norm": "ada_l2"})
+    loss = backward(net)
+    extra.grad = torch.ones(5)
+    optimizer.step(loss=loss)
+    assert (extra < 1).all()
+
+
+def test_an_empty_parameter_does_no_harm():
+    net, optimizer = make()
+    empty = torch.nn.Parameter(torch.zeros(0, 4))
+    optimizer.add_param_group({"params": [("empty", empty)], "norm": "spectral"})
+    train(net, optimizer, 2)
+
+
+# -------------------------------------------------------------------- bad steps
+
+
+@pytest.mark.parametrize("method", ["muonmax_momo", "muon_momo", "muon", "polargrad", "scion"])
+@pytest.mark.parametrize("nuclear_norm", NUCLEAR_NORMS)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("bad", ["nan gradient", "inf gradient", "nan loss"])
+def test_a_bad_step_changes_nothing(method, nuclear_norm, first, bad):
+    reference, reference_optimizer = make(method, nuclear_norm=nuclear_norm)
+    net, optimizer = make(method, nuclear_norm=nuclear_norm)
+    train(reference, reference_optimizer, 0 if first else 3)
+    train(net, optimizer, 0 if first else 3)
+    loss = backward(net)
+    if bad == "nan loss":
+        loss = loss * math.nan
+    else:
+        net.up.weight.grad[0, 0] = math.nan if bad == "nan gradient" else -math.inf
+    optimizer.step(loss=loss)
+    assert optimizer.diagnostics()["bad_steps"] == 1
+    train(reference, reference_optimizer, 3)
+    train(net, optimizer, 3)
+    assert same(snapshot(net, optimizer), snapshot(reference, reference_optimizer))
+
+
+def test_a_gradient_whose_square_overflows_is_bad_where_a_second_moment_is_kept():
+    net, optimizer = make()
+    train(net, optimizer, 2)
+    before = snapshot(net, optimizer)
+    loss = backward(net)
+    net.norm.weight.grad.fill_(1e30)
+    optimizer.step(loss=loss)
+    assert same(before, snapshot(net, optimizer))
+
+
+def test_bad_steps_are_counted():
+    net, optimizer = make()
+    for step in range(30):
+        loss = backward(net)
+        optimizer.step(loss=math.nan if 4 <= step < 15 else loss)
+        counts = optimizer.diagnostics()
+        if step == 12:
+            assert counts["first_fatal_step"] == 0
+            assert counts["consecutive_bad_steps"] == 9
+    assert counts["first_fatal_step"] == 5  # counted from 1
+    assert counts["bad_steps"] == 11
+    assert counts["consecutive_bad_steps"] == 0
+    assert counts["steps"] == 30
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_gradients_zero_is_no_step_and_never_nan(method):
+    net, optimizer = make(method, weight_decay=0.0)
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(loss=1.0)
+    assert all(map(torch.equal, before, net.parameters()))
+    train(net, optimizer, 2)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+# -------------------------------------------------------------------- no waiting, one polar factor
+
+
+class Syncs(TorchDispatchMode):
+    """Counts reads of device values by the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("nuclear_norm", NUCLEAR_NORMS)
+def test_a_step_never_reads_the_device_and_takes_one_polar_factor_per_matrix(
+    monkeypatch, method, nuclear_norm
+):
+    net, optimizer = make(method, nuclear_norm=nuclear_norm)
+    matrices = []
+    polar_factor = hf_noneuclid.norms.polar_factor
+
+    def counted(m, **options):
+        matrices.append(m.shape[:-2].numel())
+        return polar_factor(m, **options)
+
+    monkeypatch.setattr(hf_noneuclid.norms, "polar_factor", counted)
+    for _ in range(14):  # stale norms settle after ten steps
+        loss = backward(net)
+        matrices.clear()
+        with Syncs() as syncs:
+            optimizer.step(loss=loss)
+        assert syncs.count == 0
+        assert sum(matrices) == 7
+    with Syncs() as syncs:
+        optimizer.diagnostics()
+    assert syncs.count > 0  # the counter does count
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_on_cuda_never_waits_for_the_device(method, dtype):
+    net, optimizer = make(method)
+    net = net.to("cuda", dtype)
+    optimizer = create_optimizer(net, method, lr=0.003, target_modules=TARGETS)
+    tokens = TOKENS.cuda()
+    losses = []
+    for step in range(6):
+        net.zero_grad()
+        loss = net(tokens)
+        loss.backward()
+        losses.append(loss.item())
+        torch.cuda.set_sync_debug_mode("error" if step > 0 else "default")
+        try:
+            optimizer.step(loss=loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert losses[-1] < losses[0]
+
+
+# -------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nuclear_norm", NUCLEAR_NORMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_continues_the_same_trajectory(method, nuclear_norm, dtype):
+    net, optimizer = make(method, dtype=dtype, nuclear_norm=nuclear_norm, lr=0.3)
+    train(net, optimizer, 3)
+    saved = through_disk({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+    again, resumed = make(method, seed=7, dtype=dtype, nuclear_norm=nuclear_norm, lr=0.3)
+    again.load_state_dict(saved["net"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert same(snapshot(net, optimizer), snapshot(again, resumed))
+    train(net, optimizer, 4)
+    train(again, resumed, 4)
+    assert same(snapshot(net, optimizer), snapshot(again, resumed))
+
+
+def test_state_of_bfloat16_parameters_is_float32_before_and_after_loading():
+    net, optimizer = make(dtype=torch.bfloat16)
+    train(net, optimizer, 2)
+    optimizer.load_state_dict(through_disk(optimizer.state_dict()))
+    for p in net.parameters():
+        for key, value in optimizer.state[p].items():
+            assert value.dtype == torch.float32, key
+
+
+def test_the_running_loss_and_the_lower_bound_are_in_the_state_dict():
+    net, optimizer = make(loss_lower_bound=0.25)
+    train(net, optimizer, 2)
+    saved = through_disk(optimizer.state_dict())
+    running = optimizer.diagnostics()["running_loss"]
+    assert saved["state"][0]["running_loss"].item() == running
+    assert saved["param_groups"][0]["loss_lower_bound"] == 0.25
+
+
+def test_loading_does_not_tie_the_optimizer_to_the_loaded_tensors():
+    net, optimizer = make()
+    train(net, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    before = saved["state"][0]["momentum"].clone()
+    train(net, optimizer, 1)
+    assert torch.equal(saved["state"][0]["momentum"], before)
+
+
+@pytest.mark.parametrize("other", ["muon_momo", "polargrad_momo", "muonmax"])
+def test_a_checkpoint_of_another_method_is_refused(other):
+    net, optimizer = make("muonmax_momo")
+    train(net, optimizer, 1)
+    _, another = make(other)
+    with pytest.raises(ValueError, match="the checkpoint was made with"):
+        another.load_state_dict(optimizer.state_dict())
+
+
+def test_a_checkpoint_with_other_options_is_taken_with_a_warning():
+    net, optimizer = make(beta2=0.9)
+    train(net, optimizer, 1)
+    _, another = make()
+    with pytest.warns(UserWarning, match=r"beta2=0.9 is taken from the checkpoint"):
+        another.load_state_dict(optimizer.state_dict())
+    assert another.param_groups[0]["beta2"] == 0.9
+
+
+def test_a_deep_copy_continues_the_same_trajectory():
+    net, optimizer = make()
+    train(net, optimizer, 2)
+    twin = copy.deepcopy((net, optimizer))
+    train(net, optimizer, 2)
+    train(*twin, 2)
+    assert same(snapshot(net, optimizer), snapshot(*twin))
+
+
+def test_torch_prepares_a_sharded_load_by_a_step_that_is_not_the_first():
+    net, optimizer = make(lr=0.0)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    assert all(p in optimizer.state for p in net.parameters())
+    assert all(map(torch.equal, before, net.parameters()))
+    loss = backward(net)
+    optimizer.step(loss=loss)
+    m = optimizer.state[net.up.weight]["momentum"]
+    torch.testing.assert_close(m, net.up.weight.grad)  # the first gradient, taken whole
+
+
+@pytest.mark.parametrize("method", ["muonmax_momo", "muonmax"])
+def test_a_warm_up_step_at_learning_rate_zero_is_the_first_gradient(method):
+    net, optimizer = make(method, lr=0.0)
+    loss = backward(net)
+    optimizer.step(loss=loss if method.endswith("momo") else None)
+    torch.testing.assert_close(optimizer.state[net.up.weight]["momentum"], net.up.weight.grad)
+
+
+# -------------------------------------------------------------------- the loss
+
+
+def test_the_loss_may_come_as_number_tensor_closure_or_observation():
+    results = []
+    for way in ("float", "tensor", "closure", "observed", "observed in parts"):
+        net, optimizer = make()
+        for _ in range(3):
+            loss = backward(net)
+            if way == "closure":
+                optimizer.step(lambda net=net: backward(net))
+            elif way == "observed":
+                optimizer.observe_loss(123.0)
+                optimizer.observe_loss(loss, begin=True)
+                optimizer.step()
+            elif way == "observed in parts":
+                optimizer.observe_loss(loss / 2)
+                optimizer.observe_loss(loss / 2)
+                optimizer.step()
+            else:
+                optimizer.step(loss=loss.item() if way == "float" else loss)
+        results.append(snapshot(net, optimizer))
+    assert all(same(results[0], other) for other in results[1:])
+
+
+def test_momo_without_a_loss_is_an_error_that_says_what_to_do():
+    net, optimizer = make()
+    backward(net)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(RuntimeError, match=r"step\(loss=loss\).*observe_loss"):
+        optimizer.step()
+    assert all(map(torch.equal, before, net.parameters()))
+    assert not optimizer.state
+
+
+def test_a_loss_is_used_once():
+    net, optimizer = make()
+    optimizer.observe_loss(backward(net))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="none was observed"):
+        optimizer.step()
+
+
+def test_a_closure_together_with_a_loss_is_an_error():
+    net, optimizer = make()
+    with pytest.raises(ValueError, match="both a closure and a loss"):
+        optimizer.step(lambda: backward(net), loss=1.0)
+
+
+def test_a_loss_of_many_numbers_is_an_error():
+    net, optimizer = make()
+    backward(net)
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        optimizer.step(loss=torch.ones(3))
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_a_lower_bound_above_the_first_loss_is_warned_of_once(as_tensor):
+    net, optimizer = make(loss_lower_bound=100.0)
+    loss = backward(net)
+    optimizer.step(loss=loss if as_tensor else loss.item())
+    with pytest.warns(UserWarning, match=rf"100.*above the first loss, {loss.item():g}"):
+        optimizer.diagnostics()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.diagnostics()
+
+
+# -------------------------------------------------------------------- errors
+
+
+def parameters():
+    return [torch.nn.Parameter(torch.randn(3, 4))], [torch.nn.Parameter(torch.randn(3))]
+
+
+def build(matrix=None, vector=None, **options):
+    matrices, vectors = parameters()
+    groups = [
+        {"params": matrices, "norm": "spectral", **(matrix or {})},
+        {"params": vectors, "norm": "ada_l2", **(vector or {})},
+    ]
+    settings = {"lr": 0.1, "descent": "regularized", "product_norm": "hybrid"} | options
+    return NonEuclideanDescent(groups, **settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be a finite number >= 0, not -1.0"),
+        ({"lr": math.nan}, "lr must be"),
+        ({"descent": "steepest"}, "descent must be one of constrained, regularized, not 'steepest'"),
+        ({"product_norm": "l3"}, "product_norm must be one of linf, l2, hybrid"),
+        ({"momo": 1}, "momo must be True or False"),
+        ({"loss_lower_bound": math.inf}, "loss_lower_bound must be a finite number"),
+        ({"momentum": 1.0}, r"momentum must be a number in \[0, 1\)"),
+        ({"beta2": -0.1}, r"beta2 must be a number in \[0, 1\)"),
+        ({"eps": 0}, "eps must be a finite number > 0"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0"),
+        ({"spectral_scale": 0.0}, "spectral_scale must be"),
+        ({"polar_method": "qr"}, "polar_method must be one of polar_express, newton_schulz, svd"),
+        ({"polar_steps": 0}, "polar_steps must be an integer >= 1"),
+        ({"nuclear_norm": "old"}, "nuclear_norm must be one of exact, stale, frobenius"),
+        ({"matrix": {"norm": "l7"}}, "norm must be one of spectral, linf, ada_linf, ada_l2, not 'l7'"),
+        ({"matrix": {"lr_scale": 0}}, "lr_scale must be"),
+        ({"matrix": {"momentum": 0.5}}, "momentum is 0.5 here and 0.95 in the optimizer"),
+        ({"vector": {"lr": 0.2}}, "lr is 0.2 here and 0.1 in the optimizer.*lr_scale"),
+        ({"vector": {"betas": (0.9, 0.9)}}, "unknown option 'betas'; known are .*beta2"),
+        ({"vector": {"weight_decay": [0.1, 0.2]}}, "weight_decay has 2 entries for 1 parameters"),
+    ],
+)
+def test_bad_options_are_refused_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_an_unknown_keyword_is_refused():
+    with pytest.raises(TypeError, match="betas"):
+        build(betas=(0.9, 0.9))
+
+
+def test_a_group_without_a_norm_is_refused():
+    with pytest.raises(ValueError, match=r'no norm. Add "norm": one of spectral'):
+        NonEuclideanDescent(parameters()[0], lr=0.1, descent="constrained", product_norm="linf")
+
+
+def test_a_vector_in_a_spectral_group_is_refused_by_name():
+    optimizer = NonEuclideanDescent(
+        [{"params": [("blocks.0.bias", parameters()[1][0])], "norm": "spectral"}],
+        lr=0.1,
+        descent="constrained",
+        product_norm="linf",
+    )
+    with pytest.raises(ValueError, match=r"blocks.0.bias has shape \(3,\)"):
+        optimizer.step()
+
+
+def test_learning_rates_that_differ_are_refused():
+    optimizer = build()
+    optimizer.param_groups[1]["lr"] = 0.2
+    with pytest.raises(ValueError, match=r"different learning rates, \[0.1, 0.2\].*lr_scale"):
+        optimizer.step()
+
+
+def test_complex_parameters_are_refused_by_name():
+    p = torch.nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"rotary.freqs has dtype torch.complex64"):
+        NonEuclideanDescent(
+            [{"params": [("rotary.freqs", p)], "norm": "linf"}],
+            lr=0.1,
+            descent="constrained",
+            product_norm="l2",
+        )
+
+
+def test_sparse_gradients_are_refused_by_name_and_nothing_is_written():
+    net, optimizer = make()
+    loss = backward(net)
+    net.embed.weight.grad = net.embed.weight.grad.to_sparse()
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(RuntimeError, match=r"gradient of embed.weight is sparse"):
+        optimizer.step(loss=loss)
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+def test_nothing_to_step_is_an_error():
+    net, optimizer = make()
+    for p in net.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="no parameter of the optimizer requires a gradient"):
+        optimizer.step(loss=1.0)

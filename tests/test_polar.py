@@ -1,0 +1,136 @@
+"""Polar factors of matrices of every kind, by every method."""
+
+import pytest
+import torch
+
+from hf_noneuclid.polar import POLAR_METHODS, polar_factor
+
+# Where five steps leave singular values that lie between 1e-3 and 1 times the Frobenius norm.
+SPREAD = {
+    ("polar_express", torch.float32): (0.876, 1.124),
+    ("polar_express", torch.bfloat16): (0.83, 1.14),
+    ("newton_schulz", torch.float32): (0.470, 1.203),
+    ("newton_schulz", torch.bfloat16): (0.46, 1.22),
+    ("svd", torch.float32): (1.0, 1.0),
+}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
+
+
+def matrix_with(singular_values, columns):
+    generator = torch.Generator().manual_seed(0)
+    n = len(singular_values)
+    u = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(columns, n, generator=generator, dtype=torch.float64)).Q
+    return (u * singular_values.double()) @ v.mT
+
+
+def exact_polar(m):
+    u, _, vh = torch.linalg.svd(m.double(), full_matrices=False)
+    return u @ vh
+
+
+@pytest.mark.parametrize(("method", "dtype"), SPREAD)
+def test_spread_of_singular_values(method, dtype):
+    values = torch.logspace(-3, 0, 200)
+    values = values / values.norm()  # so the smallest is below 1e-3 of the Frobenius norm
+    values = values[values >= 1e-3]
+    low, high = SPREAD[method, dtype]
+    got = torch.linalg.svdvals(
+        polar_factor(matrix_with(values, 300).float(), method=method, dtype=dtype).double()
+    )
+    assert got.min() >= low - TOLERANCE[dtype]
+    assert got.max() <= high + TOLERANCE[dtype]
+
+
+def test_the_stated_spread_is_attained_not_only_a_bound():
+    x = torch.logspace(-3, 0, 4000, dtype=torch.float64)
+    # On a 2 x 2 diagonal matrix of unit Frobenius norm the small singular value is free.
+    m = torch.zeros(len(x), 2, 2, dtype=torch.float64)
+    m[:, 0, 0], m[:, 1, 1] = x, (1 - x**2).clamp(min=0).sqrt()
+    values = polar_factor(m)[:, 0, 0]
+    assert values.min().item() == pytest.approx(0.8764, abs=1e-4)
+    assert values.max().item() == pytest.approx(1.1236, abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6, 8, 12])
+def test_the_number_of_steps_counts(steps):
+    m = torch.randn(20, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    errors = [(polar_factor(m, steps=k) - exact_polar(m)).norm() for k in (steps, steps + 1)]
+    assert errors[1] < errors[0] or errors[1] < 1e-12
+    if steps >= 8:
+        assert errors[0] < 1e-12
+
+
+@pytest.mark.parametrize("method", POLAR_METHODS)
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4), (2, 3, 7), (2, 7, 3), (2, 2, 3, 4)])
+def test_shape_transposition_and_batch(method, shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    polar = polar_factor(m, method=method)
+    assert polar.shape == m.shape
+    torch.testing.assert_close(polar_factor(m.mT, method=method), polar.mT)
+    if len(shape) > 2:
+        torch.testing.assert_close(polar[-1], polar_factor(m[-1], method=method))
+
+
+@pytest.mark.parametrize("method", POLAR_METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10, 1e30])
+def test_magnitude_does_not_matter(method, dtype, scale):
+    m = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
+    reference = polar_factor(m.to(dtype), method=method, dtype=torch.float32)
+    scaled = polar_factor((m.to(dtype).double() * scale).float(), method=method)
+    torch.testing.assert_close(scaled, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", POLAR_METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_matrices_have_polar_factor_zero_and_spoil_no_other(method, dtype):
+    m = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(4))
+    alone = polar_factor(m[2], method=method, dtype=dtype)
+    m[1] = 0
+    polar = polar_factor(m, method=method, dtype=dtype)
+    assert torch.equal(polar[1], torch.zeros_like(polar[1]))
+    torch.testing.assert_close(polar[2], alone)
+
+
+@pytest.mark.parametrize("method", POLAR_METHODS)
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (3, 1, 7)])
+def test_one_row_is_divided_by_its_length(method, shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    length = m.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    torch.testing.assert_close(polar_factor(m, method=method), m / length)
+
+
+@pytest.mark.parametrize("method", POLAR_METHODS)
+def test_rank_deficient_matrices_become_partial_isometries(method):
+    m = matrix_with(torch.tensor([3.0, 1.0, 0.0, 0.0]), 9)
+    polar = polar_factor(m, method=method)
+    values = torch.linalg.svdvals(polar)
+    assert values[2:].max() < 1e-9
+    low, high = SPREAD[method, torch.float32]
+    assert values[:2].min() > low - 1e-3
+    assert values[:2].max() < high + 1e-3
+
+
+def test_the_input_is_left_alone():
+    for method in POLAR_METHODS:
+        m = torch.randn(4, 6)
+        before = m.clone()
+        polar_factor(m, method=method)
+        assert torch.equal(m, before)
+
+
+def test_compute_dtype_on_cpu():
+    assert polar_factor(torch.randn(2, 3)).dtype == torch.float32
+    assert polar_factor(torch.randn(2, 3).bfloat16()).dtype == torch.float32
+    assert polar_factor(torch.randn(2, 3).double()).dtype == torch.float64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
+def test_cuda_computes_in_bfloat16_as_accurately_as_the_cpu_does(method):
+    m = torch.randn(3, 64, 96, generator=torch.Generator().manual_seed(6))
+    polar = polar_factor(m.cuda(), method=method)
+    assert polar.dtype == torch.bfloat16
+    torch.testing.assert_close(polar.cpu().float(), polar_factor(m, method=method), rtol=0, atol=0.05)
