@@ -51,8 +51,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if find_spec("transformers") and find_spec("accelerate"):
-    try:
+try:
+    if find_spec("transformers") and find_spec("accelerate"):
         register()
-    except ImportError as error:  # without them the optimizer still works
-        logging.getLogger(__name__).warning("the methods are not registered with the Trainer: %s", error)
+except ImportError as error:  # without them the optimizer still works
+    logging.getLogger(__name__).warning("the methods are not registered with the Trainer: %s", error)

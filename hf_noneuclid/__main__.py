@@ -7,10 +7,11 @@ accelerate launch -m hf_noneuclid -m some.module --optim muonmax_momo ...
 
 from __future__ import annotations
 
-import logging
 import os
 import runpy
 import sys
+
+from .log import show_log
 
 USAGE = "usage: python -m hf_noneuclid (SCRIPT | -m MODULE) [ARGUMENT ...]"
 
@@ -25,7 +26,7 @@ def main() -> None:
         )
         sys.exit(code)
     _register()
-    _show_log()
+    show_log()
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path.insert(0, os.getcwd())
@@ -46,18 +47,6 @@ def _register() -> None:
         register()
     except ImportError as error:
         sys.exit(f"hf_noneuclid: {error}")
-
-
-def _show_log() -> None:
-    """The table of what is stepped as what is logged at INFO, which other people's scripts do not show."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    logger = logging.getLogger("hf_noneuclid")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # the script may print the root logger's records as well
 
 
 if __name__ == "__main__":

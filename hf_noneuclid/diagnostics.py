@@ -29,8 +29,7 @@ class StepCounter:
         counts[_RUN] = torch.where(ok, 0, counts[_RUN] + 1)
         counts[_TRUNCATED] += truncated & ok
         started = counts[_STEPS] - counts[_RUN] + 1
-        fatal = (counts[_RUN] == FATAL_RUN) & (counts[_FATAL] == 0)
-        counts[_FATAL] = torch.where(fatal, started, counts[_FATAL])
+        counts[_FATAL] = torch.where(counts[_RUN] == FATAL_RUN, started, counts[_FATAL])
 
     def read(self) -> dict[str, int]:
         counts = self._counts.tolist()

@@ -15,9 +15,8 @@ from .diagnostics import StepCounter, StepRecord
 from .geometry import Geometry
 from .history import History
 from .layouts import bind
-from .layouts.plan import Batch, Piece, Plan, make_pieces, make_plan, widened
+from .layouts.plan import Batch, Plan, make_pieces, make_plan
 from .momo import Descent, model_value, truncated_step_size
-from .norms import Tensors
 from .polar import PolarMethod
 from .product_norms import ProductNormName, product_norm
 
@@ -197,7 +196,7 @@ class NonEuclideanDescent(Optimizer):
             RuntimeError: Momo is on and no loss is known, or a gradient is sparse.
         """
         loss = self._take_loss(closure, loss)
-        lr = self._common_lr()
+        lr = options.common_lr(self.param_groups)
         preparing = not self.state and lr == 0 and loss is None
         if self._option("momo") and loss is None and not preparing:
             raise RuntimeError(
@@ -219,7 +218,7 @@ class NonEuclideanDescent(Optimizer):
 
     def _check(self, plan: Plan, loss: Loss | None, must_move: bool) -> Checked:
         """Phase 0: f, Σ⟨p, g⟩ and every gradient finite? Nothing is written before this is known."""
-        grads = [_gradient(piece) for piece in plan.pieces]
+        grads = [piece.gradient() for piece in plan.pieces]
         largest = plan.stack(torch._foreach_norm(grads, torch.inf))
         ok = (largest <= plan.gradient_limits).all()
         if must_move:
@@ -269,22 +268,13 @@ class NonEuclideanDescent(Optimizer):
         coefficients = torch.split(decided.coefficients, [batch.units for batch in plan.batches])
         for batch, coefficient in zip(plan.batches, coefficients, strict=True):
             directions = self._geometry.directions(batch, measured.duals[batch], decided.ok)
-            _move(batch, directions, coefficient, decided.decay_rate)
+            batch.move(directions, coefficient, decided.decay_rate)
         self._geometry.end_step()
 
     # ---------------------------------------------------------------- what the phases use
 
     def _option(self, name: str) -> Any:
         return self.param_groups[0][name]
-
-    def _common_lr(self) -> float:
-        rates = {float(group["lr"]) for group in self.param_groups}
-        if len(rates) > 1:
-            raise ValueError(
-                f"the groups have different learning rates, {sorted(rates)}; there is one η. Use lr_scale to "
-                "scale a group's steps."
-            )
-        return rates.pop()
 
     def _current_plan(self) -> Plan:
         """The plan, made anew if parameters were added, frozen or replaced, or their options changed."""
@@ -340,8 +330,8 @@ class NonEuclideanDescent(Optimizer):
             D, ``loss`` (mean over the ranks, None if unknown), ``running_loss`` f̄ (None without Momo),
             ``loss_lower_bound`` F*, ``nuclear_norms`` by the matrix's name (as the step used them: exact,
             stale or Frobenius), and counts since the optimizer was made: ``steps``, ``truncated_steps``,
-            ``bad_steps``, ``consecutive_bad_steps``, and ``first_fatal_step``, the first of ten bad steps
-            in a row (0 if that did not happen).
+            ``bad_steps``, ``consecutive_bad_steps``, and ``first_fatal_step``, where the last ten bad steps
+            in a row began (0 if that did not happen).
         """
         if self._record is None or self._counter is None:
             return {}
@@ -380,28 +370,3 @@ class NonEuclideanDescent(Optimizer):
         for i, param in zip(saved_ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 self.state[param][key] = value.detach().to(param.device, copy=True)
-
-
-def _gradient(piece: Piece) -> Tensor:
-    """p.grad; a missing one counts as zero, as it is on engines that cannot tell the two apart."""
-    grad = piece.param.grad
-    if grad is None:
-        return torch.zeros_like(piece.param)
-    options.check_gradient(grad, piece.name)
-    return grad
-
-
-def _move(batch: Batch, directions: Tensors, coefficients: Tensor, decay_rate: Tensor) -> None:
-    """p ← (1 - ηλ) p + coefficient u, rounded once to the dtype of p; coefficients are (units,)."""
-    params = [piece.param for piece in batch.pieces]
-    wide = [widened(param) for param in params]
-    coefficients = coefficients.to(params[0].device)
-    if batch.weight_decay:
-        torch._foreach_mul_(wide, (1 - decay_rate * batch.weight_decay).to(params[0].device))
-    parts = [
-        c.reshape(()) if piece.units == 1 else c.reshape(-1, 1, 1)
-        for piece, c in zip(batch.pieces, torch.split(coefficients, batch.counts), strict=True)
-    ]
-    torch._foreach_addcmul_(wide, list(directions), parts)
-    if wide[0] is not params[0]:
-        torch._foreach_copy_(params, wide)

@@ -148,6 +148,21 @@ def per_parameter(group: Mapping[str, Any], option: str) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value] * len(group["params"])
 
 
+def common_lr(groups: Sequence[Mapping[str, Any]]) -> float:
+    """The one learning rate of all groups.
+
+    Raises:
+        ValueError: They differ.
+    """
+    rates = {float(group["lr"]) for group in groups}
+    if len(rates) > 1:
+        raise ValueError(
+            f"the groups have different learning rates, {sorted(rates)}; there is one η. Use lr_scale to "
+            "scale a group's steps."
+        )
+    return rates.pop()
+
+
 def check_gradient(grad: Tensor, name: str) -> None:
     """Raises RuntimeError if a gradient is sparse."""
     if grad.layout != torch.strided:

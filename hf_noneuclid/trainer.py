@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from .diagnostics import FATAL_RUN
 from .methods import (
     all_names,
     create_groups,
@@ -85,6 +86,8 @@ def find_optimizer(optimizer: Any) -> NonEuclideanDescent | None:
 _OBSERVER = _LossObserver()
 _OBSERVED_ALONE: WeakSet[Accelerator] = WeakSet()
 """Accelerators whose own ``backward`` is observed, by a NonEuclidTrainerMixin."""
+_FED_ALONE: WeakSet[NonEuclideanDescent] = WeakSet()
+"""The optimizers of those."""
 
 
 def _observed(backward: Callable[..., None]) -> Callable[..., None]:
@@ -123,29 +126,40 @@ def observe_accelerator(accelerator: Accelerator) -> None:
 # ---------------------------------------------------------------- the log
 
 
+_COUNTS = ("steps", "truncated_steps", "bad_steps")
+
+
 class StepLog:
-    """What the log of a Trainer says of its optimizer since it said so last."""
+    """What the log of a Trainer says of its optimizer since it said so last.
 
-    def __init__(self) -> None:
-        self._before = {"steps": 0, "truncated_steps": 0, "bad_steps": 0}
+    Args:
+        optimizer: Of the Trainer; what it did before this log began is not reported.
+    """
 
-    def read(self, optimizer: NonEuclideanDescent, global_step: int) -> dict[str, float]:
+    def __init__(self, optimizer: NonEuclideanDescent) -> None:
+        self._optimizer = optimizer
+        before = optimizer.diagnostics()
+        self._before = {key: before.get(key, 0) for key in _COUNTS}
+        self._began = self._before["steps"]
+        self._warned_of_bound = False
+
+    def read(self, global_step: int) -> dict[str, float]:
         """Metrics for the log; empty before the first step.
 
         Raises:
             RuntimeError: Ten steps in a row were bad.
         """
-        now = optimizer.diagnostics()
+        now = self._optimizer.diagnostics()
         if not now:
             return {}
-        # The optimizer counts from its own start, the Trainer from that of the run.
-        _refuse_fatal(now, offset=global_step - now["steps"])
-        since = {key: now[key] - before for key, before in self._before.items()}
-        self._before = {key: now[key] for key in self._before}
+        self._refuse_fatal(now, global_step)
+        since = {key: now[key] - self._before[key] for key in _COUNTS}
+        self._before = {key: now[key] for key in _COUNTS}
         metrics = {"step_size": now["step_size"], "dual_norm": now["dual_norm"]}
         if now["running_loss"] is not None:
             metrics["truncation_rate"] = since["truncated_steps"] / max(1, since["steps"])
             metrics["loss_lower_bound"] = now["loss_lower_bound"]
+            self._warn_of_low_loss(now)
         if since["bad_steps"]:
             logger.warning(
                 "%d of the last %d steps had a NaN or infinite loss or gradient and changed nothing.",
@@ -155,26 +169,40 @@ class StepLog:
             metrics["bad_steps"] = since["bad_steps"]
         return metrics
 
-
-def _refuse_fatal(diagnostics: dict[str, Any], offset: int) -> None:
-    first = diagnostics["first_fatal_step"]
-    if first:
+    def _refuse_fatal(self, now: dict[str, Any], global_step: int) -> None:
+        first = now["first_fatal_step"]
+        if not first or first + FATAL_RUN - 1 <= self._began:
+            return
+        # The optimizer counts from its own start, the Trainer from that of the run.
         raise RuntimeError(
-            f"ten steps in a row had a NaN or infinite loss or gradient, the first of them step "
-            f"{first + offset}; none of them changed a parameter. Look for the cause in the data of that "
-            "step, lower the learning rate, or train in a wider number format; the last checkpoint is sound."
+            "ten steps in a row had a NaN or infinite loss or gradient, the first of them step "
+            f"{first + global_step - now['steps']}; none of them changed a parameter. Look for the cause in "
+            "the data of that step, lower the learning rate, or train in a wider number format; the last "
+            "checkpoint is sound."
         )
+
+    def _warn_of_low_loss(self, now: dict[str, Any]) -> None:
+        if now["loss"] < now["loss_lower_bound"] and not self._warned_of_bound:
+            self._warned_of_bound = True
+            logger.warning(
+                "the loss, %g, is below loss_lower_bound=%g: the bound is wrong for this loss, and Momo "
+                "takes steps that are too short, or none. Give a bound that holds, or use the method without "
+                "Momo.",
+                now["loss"],
+                now["loss_lower_bound"],
+            )
 
 
 class NonEuclidCallback(TrainerCallback):
     """Observes the loss and logs the step size where the optimizer is ours; inert elsewhere."""
 
     def __init__(self) -> None:
-        self._log = StepLog()
+        self._log: StepLog | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if find_optimizer(kwargs.get("optimizer")) is not None:
-            self._log = StepLog()
+        optimizer = find_optimizer(kwargs.get("optimizer"))
+        self._log = None if optimizer is None else StepLog(optimizer)
+        if optimizer is not None and optimizer not in _FED_ALONE:
             observe_all_accelerators()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -183,17 +211,14 @@ class NonEuclidCallback(TrainerCallback):
             optimizer.diagnostics()  # warns of a lower bound above the first loss, while it is early
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        optimizer = find_optimizer(kwargs.get("optimizer"))
-        if optimizer is None or "learning_rate" not in logs or "step_size" in logs:
-            return
-        metrics = self._log.read(optimizer, state.global_step)
-        logs.update(metrics)
-        state.log_history[-1].update(metrics)
+        if self._log is not None and "learning_rate" in logs:
+            metrics = self._log.read(state.global_step)
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = find_optimizer(kwargs.get("optimizer"))
-        if optimizer is not None:
-            self._log.read(optimizer, state.global_step)
+        if self._log is not None:
+            self._log.read(state.global_step)
 
 
 # ---------------------------------------------------------------- by name
@@ -281,7 +306,7 @@ def _add_member(value: str) -> OptimizerNames:
 
 
 class NonEuclidTrainerMixin(_MixedInto):
-    """Puts a method of this package into a Trainer, and touches nothing outside it.
+    """Puts a method of this package into a Trainer, and observes the loss of its accelerator alone.
 
     Goes before the Trainer's class: ``class MyTrainer(NonEuclidTrainerMixin, SFTTrainer)``. If
     ``args.optim`` names one of our methods, that is used, with ``args.optim_args``; else the two
@@ -299,7 +324,6 @@ class NonEuclidTrainerMixin(_MixedInto):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self._step_log = StepLog()
         observe_accelerator(self.accelerator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -310,13 +334,9 @@ class NonEuclidTrainerMixin(_MixedInto):
             arguments = _make_optimizer_arguments(method, self.args, model, decay, values)
             self.optimizer = NonEuclideanDescent(**arguments)
         optimizer: torch.optim.Optimizer = self.optimizer
+        if (ours := find_optimizer(optimizer)) is not None:
+            _FED_ALONE.add(ours)
         return optimizer
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        optimizer = find_optimizer(self.optimizer)
-        if optimizer is not None and "learning_rate" in logs:
-            logs.update(self._step_log.read(optimizer, self.state.global_step))
-        super().log(logs, *args, **kwargs)
 
     def _method_and_options(self) -> tuple[str, dict[str, Any]]:
         asked, default = (_name(optim) for optim in (self.args.optim, _default_optim(self.args)))
@@ -340,4 +360,4 @@ def _default_optim(args: Any) -> Any:
 
 
 class NonEuclidTrainer(NonEuclidTrainerMixin, Trainer):
-    """The Trainer, with the optimizers of this package and nothing global touched."""
+    """The Trainer, with the optimizers of this package."""

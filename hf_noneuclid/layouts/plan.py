@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norms import ADAPTIVE_NORMS, dot
-from ..options import PARAMETER_OPTIONS, parameter_names, per_parameter
+from ..norms import ADAPTIVE_NORMS, Tensors, dot
+from ..options import PARAMETER_OPTIONS, check_gradient, parameter_names, per_parameter
 
 # The matrices of a batch are copied together for their polar factors; this bounds the copy.
 _BATCH_BYTES = 256 * 2**20
@@ -43,6 +43,14 @@ class Piece:
     def from_stack(self, x: Tensor) -> Tensor:
         """The inverse of ``as_stack``."""
         return (x.mT if self._is_tall else x).reshape(self.param.shape)
+
+    def gradient(self) -> Tensor:
+        """p.grad; a missing one counts as zero, as it is on engines that cannot tell the two apart."""
+        grad = self.param.grad if self.param.requires_grad else None
+        if grad is None:
+            return torch.zeros_like(self.param)
+        check_gradient(grad, self.name)
+        return grad
 
     @property
     def _is_tall(self) -> bool:
@@ -81,6 +89,22 @@ class Batch:
     @property
     def units(self) -> int:
         return sum(self.counts)
+
+    def move(self, directions: Tensors, coefficients: Tensor, decay_rate: Tensor) -> None:
+        """p ← (1 - ηλ) p + coefficient u, rounded once to the dtype of p; coefficients are (units,)."""
+        params = [piece.param for piece in self.pieces]
+        wide = [widened(param) for param in params]
+        if self.weight_decay:
+            torch._foreach_mul_(wide, (1 - decay_rate * self.weight_decay).to(params[0].device))
+        parts = [
+            c.reshape(()) if piece.units == 1 else c.reshape(-1, 1, 1)
+            for piece, c in zip(
+                self.pieces, torch.split(coefficients.to(params[0].device), self.counts), strict=True
+            )
+        ]
+        torch._foreach_addcmul_(wide, list(directions), parts)
+        if wide[0] is not params[0]:
+            torch._foreach_copy_(params, wide)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,174 @@
+"""Two ranks under DDP (gloo on the CPU): they stay equal, and they see the loss of both."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.distributed
+
+METHODS = ("muonmax_momo", "muon_momo", "polargrad")
+BY_METHOD_AND_AVERAGE = [(method, average) for method in METHODS for average in (True, False)]
+TIMEOUT = 150
+
+SCRIPT = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+
+    def forward(self, x, labels=None):
+        return {"loss": (self.layers(x) - labels).square().mean()}
+
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+torch.manual_seed(0)
+rows = [{"x": torch.randn(4), "labels": torch.randn(1)} for _ in range(8)]
+trainer = Trainer(Model(), args, train_dataset=rows)
+trainer.train()
+seen = {
+    "ranks": dist.get_world_size(),
+    "wrapped": type(trainer.model_wrapped).__name__,
+    "optimizer": type(trainer.optimizer.optimizer).__name__,
+    "sum": sum(p.sum().item() for p in trainer.model.parameters()),
+    "step_sizes": [entry["step_size"] for entry in trainer.state.log_history if "step_size" in entry],
+}
+with open(os.path.join(args.output_dir, f"rank{dist.get_rank()}.json"), "w") as file:
+    json.dump(seen, file)
+dist.barrier()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def launch(*command):
+    """Runs a command to its end; if it fails or takes too long, its log is the error."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    try:
+        log, _ = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        log = stop(process)
+        pytest.fail(f"no end after {TIMEOUT} s:\n{log}", pytrace=False)
+    if process.returncode:
+        pytest.fail(f"exit code {process.returncode}:\n{log}", pytrace=False)
+
+
+def stop(process):
+    """Ends a launcher and its workers; the log so far.
+
+    The workers lead sessions of their own, so the launcher is asked to end them before it is killed.
+    """
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        return process.communicate(timeout=40)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the two ranks of one run of the worker saw."""
+    folder = tmp_path_factory.mktemp("ddp")
+    worker = Path(__file__).with_name("ddp_worker.py")
+    launch(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(str(worker), str(folder)),
+    )
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_there_are_two_ranks_and_ddp(ranks):
+    for seen in ranks:
+        assert seen["ranks"] == 2
+        assert {seen[run]["wrapped"] for run in [*BY_METHOD_AND_AVERAGE, "nan"]} == {
+            "DistributedDataParallel"
+        }
+
+
+@pytest.mark.parametrize("run", [*BY_METHOD_AND_AVERAGE, "nan"], ids=str)
+def test_parameters_are_bitwise_equal_on_both_ranks_after_every_step(ranks, run):
+    first, second = (seen[run] for seen in ranks)
+    assert len(first["after"]) == 4
+    for x, y in zip(first["after"], second["after"], strict=True):
+        assert torch.equal(x, y)
+    assert first["step_sizes"] == second["step_sizes"]
+
+
+@pytest.mark.parametrize("run", BY_METHOD_AND_AVERAGE, ids=str)
+def test_the_observed_loss_is_the_objective_of_the_global_batch(ranks, run):
+    for seen in ranks:
+        assert seen[run]["losses"] == pytest.approx(seen[run]["objectives"], rel=1e-6)
+
+
+def test_averaging_tokens_across_devices_is_another_objective(ranks):
+    """Else the test above could not tell the two apart."""
+    averaged, apart = (ranks[0]["muonmax_momo", average]["objectives"][0] for average in (True, False))
+    assert abs(averaged - apart) > 1e-3
+
+
+@pytest.mark.parametrize("run", BY_METHOD_AND_AVERAGE, ids=str)
+def test_two_ranks_train_like_one_process_on_the_global_batches(ranks, run):
+    for two, one in zip(ranks[0][run]["after"], ranks[0][run]["alone"], strict=True):
+        assert (two - one).norm() < 5e-5 * one.norm()
+
+
+@pytest.mark.parametrize("method", ["muonmax_momo", "muon_momo"])
+def test_the_loss_decided_a_step_size(ranks, method):
+    """Else equal parameters would say nothing of the loss."""
+    assert min(ranks[0][method, True]["step_sizes"]) < 0.3
+
+
+def test_a_nan_loss_on_one_rank_is_a_bad_step_on_both(ranks):
+    for seen in ranks:
+        assert seen["nan"]["bad_steps"] == [0, 0, 1, 1]
+        changed = [
+            not torch.equal(before, after)
+            for before, after in zip(seen["nan"]["before"], seen["nan"]["after"], strict=True)
+        ]
+        assert changed == [True, True, False, True]
+
+
+def test_accelerate_launch_runs_a_script_on_two_ranks(tmp_path):
+    """Through ``-m hf_noneuclid``, the script knowing nothing of it but the name of the method."""
+    script, folder = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(SCRIPT)
+    launch(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *(
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ),
+        *("-m", "hf_noneuclid", str(script), "--optim", "muonmax_momo", "--output_dir", str(folder)),
+        *("--use_cpu", "--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no"),
+        *("--per_device_train_batch_size", "2", "--report_to", "none", "--learning_rate", "0.01"),
+    )
+    first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert first["ranks"] == 2
+    assert first["wrapped"] == "DistributedDataParallel"
+    assert first["optimizer"] == "NonEuclideanDescent"
+    assert len(first["step_sizes"]) == 2

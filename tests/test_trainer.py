@@ -1,0 +1,820 @@
+"""The methods in the Trainer: how they are reached, the loss they see, what they log, refuse and survive."""
+
+import copy
+import functools
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import hf_noneuclid
+from hf_noneuclid import METHODS, NonEuclideanDescent, NonEuclidTrainer, NonEuclidTrainerMixin
+from hf_noneuclid.methods import all_names
+from hf_noneuclid.trainer import find_optimizer, observe_all_accelerators
+
+VOCABULARY, LENGTH, BATCH = 64, 12, 4
+ROWS = 20  # five batches: a window of two or three is short at the end of the epoch
+BY_NAME_AND_BY_CLASS = pytest.mark.parametrize("trainer_class", [Trainer, NonEuclidTrainer])
+
+
+def gpt2():
+    torch.manual_seed(0)
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": LENGTH, "vocab_size": VOCABULARY}
+    return GPT2LMHeadModel(GPT2Config(**shape, **dropouts, bos_token_id=0, eos_token_id=0))
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, max_position_embeddings=LENGTH))
+
+
+def sequences(count=ROWS, seed=0):
+    """Random sequences with very different numbers of label tokens.
+
+    The first token is never one: nothing predicts it, but the Trainer counts it for some models, GPT-2 among
+    them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(count):
+        tokens = torch.randint(VOCABULARY, (LENGTH,), generator=generator)
+        labels = tokens.clone()
+        labels[: 1 + (7 * i) % (LENGTH - 2)] = -100
+        rows.append({"input_ids": tokens, "labels": labels})
+    return rows
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Makes TrainingArguments for a few quick steps that read the rows in their order."""
+
+    def make(arguments_class=TrainingArguments, **options):
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "optim": "muonmax_momo",
+            "learning_rate": 1e-2,
+            "max_steps": 4,
+            "per_device_train_batch_size": BATCH,
+            "train_sampling_strategy": "sequential",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return arguments_class(**{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture
+def unobserved(monkeypatch):
+    """A process in which no Trainer has trained with one of our methods yet."""
+    monkeypatch.setattr(Accelerator, "backward", inspect.unwrap(Accelerator.backward))
+
+
+def parameters(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(left, right):
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def logged(trainer, key):
+    """The values of a metric in the log of training, a log that lacks it left out."""
+    return [entry[key] for entry in trainer.state.log_history if "learning_rate" in entry and key in entry]
+
+
+def written(args):
+    return [path for path in Path(args.output_dir).rglob("*") if path.is_file()]
+
+
+def optimizer_of(trainer):
+    return find_optimizer(trainer.create_optimizer())
+
+
+class Witness(TrainerCallback):
+    """Notes model and optimizer before each step and after it."""
+
+    def __init__(self):
+        self.before, self.after, self.losses = [], [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
+        self.before.append((parameters(model), copy.deepcopy(optimizer.state_dict()["state"])))
+
+    def on_step_end(self, args, state, control, model, optimizer, **kwargs):
+        self.after.append((parameters(model), copy.deepcopy(optimizer.state_dict()["state"])))
+        self.losses.append(find_optimizer(optimizer).diagnostics()["loss"])
+
+
+def train(trainer_class, args, rows=None, model=None, **options):
+    """A trainer that has trained, and what its witness saw."""
+    witness = Witness()
+    trainer = trainer_class(
+        model=model or gpt2(), args=args, train_dataset=rows or sequences(), callbacks=[witness], **options
+    )
+    trainer.train()
+    return trainer, witness
+
+
+# ---------------------------------------------------------------- the ways in
+
+
+@pytest.mark.parametrize("name", [*METHODS, "momo_muonmax", "muonadam", "muonmax-momo"])
+def test_the_trainer_reaches_a_method_by_its_name(arguments, name):
+    trainer, witness = train(Trainer, arguments(optim=name, max_steps=2))
+    groups = find_optimizer(trainer.optimizer).param_groups
+    method = METHODS[{"momo_muonmax": "muonmax_momo", "muonadam": "muon"}.get(name, name.replace("-", "_"))]
+    assert {group["norm"] for group in groups} == {"spectral", method.vector_norm}
+    for group in groups:
+        settings = (group["descent"], group["product_norm"], group["momo"])
+        assert settings == (method.descent, method.product_norm, method.momo)
+    assert any((witness.before[0][0][name] != x).any() for name, x in witness.after[-1][0].items())
+
+
+def test_the_free_method_takes_its_settings_from_optim_args(arguments):
+    settings = "descent=regularized,product_norm=linf,vector_norm=ada_linf,momo=true"
+    trainer, _ = train(Trainer, arguments(optim="noneuclid", optim_args=settings, max_steps=1))
+    group = find_optimizer(trainer.optimizer).param_groups[-1]
+    assert [group[key] for key in ("descent", "product_norm", "norm", "momo")] == [
+        "regularized",
+        "linf",
+        "ada_linf",
+        True,
+    ]
+
+
+def test_all_ways_in_train_the_same_model(arguments):
+    """By name, by class, mixed into another Trainer, and with an optimizer made beforehand."""
+
+    class Mixed(NonEuclidTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    default = TrainingArguments.__dataclass_fields__["optim"].default
+    by_name, _ = train(Trainer, arguments(optim="muonmax_momo"))
+    by_class, _ = train(NonEuclidTrainer, arguments(optim=default))
+    mixed, _ = train(Mixed, arguments(Seq2SeqTrainingArguments, optim=default))
+    model = gpt2()
+    # What a Trainer does not decay is the only thing that an optimizer made without one cannot know.
+    optimizer = hf_noneuclid.create_optimizer(model, lr=1e-2)
+    given, _ = train(Trainer, arguments(optim=default), model=model, optimizers=(optimizer, None))
+
+    assert find_optimizer(given.optimizer) is optimizer
+    for other in (by_class, mixed, given):
+        assert_same(parameters(other.model), parameters(by_name.model))
+        assert logged(other, "step_size") == logged(by_name, "step_size")
+
+
+def test_a_class_names_its_method_and_options(arguments):
+    class Mine(NonEuclidTrainer):
+        method = "scion"
+        method_options = {"momentum": 0.8, "polar_steps": 3}  # noqa: RUF012
+
+    default = TrainingArguments.__dataclass_fields__["optim"].default
+    group = optimizer_of(Mine(gpt2(), arguments(optim=default, optim_args="momentum=0.7"))).param_groups[0]
+    assert (group["descent"], group["momentum"], group["polar_steps"]) == ("constrained", 0.7, 3)
+
+
+def test_optim_wins_over_the_method_of_the_class(arguments):
+    assert optimizer_of(NonEuclidTrainer(gpt2(), arguments(optim="scion"))).param_groups[0]["momo"] is False
+
+
+def test_the_registry_gets_a_class_and_params_not_a_factory(arguments):
+    optimizer_class, values = Trainer.get_optimizer_cls_and_kwargs(arguments(), gpt2())
+    assert optimizer_class is NonEuclideanDescent
+    assert {"params", "lr"} <= set(values)
+
+
+def test_registering_again_changes_nothing():
+    from transformers import trainer as hf_trainer
+    from transformers.training_args import OptimizerNames
+
+    before = list(OptimizerNames), list(hf_trainer.DEFAULT_CALLBACKS)
+    hf_noneuclid.register()
+    assert (list(OptimizerNames), list(hf_trainer.DEFAULT_CALLBACKS)) == before
+    assert set(all_names()) <= {member.value for member in OptimizerNames}
+
+
+# ---------------------------------------------------------------- nothing global
+
+
+@pytest.mark.usefixtures("unobserved")
+def test_the_mixin_leaves_the_accelerator_class_alone(arguments):
+    backward = Accelerator.backward
+    train(NonEuclidTrainer, arguments())
+    assert Accelerator.backward is backward
+
+
+@pytest.mark.usefixtures("unobserved")
+def test_a_trainer_with_another_optimizer_leaves_the_accelerator_class_alone(arguments):
+    backward = Accelerator.backward
+    Trainer(gpt2(), arguments(optim="adamw_torch"), train_dataset=sequences()).train()
+    assert Accelerator.backward is backward
+
+
+def test_a_loss_is_counted_once_where_both_ways_meet(arguments):
+    accumulate = {"gradient_accumulation_steps": 2, "max_steps": 2}
+    earlier = NonEuclidTrainer(
+        gpt2(), arguments(**accumulate), train_dataset=sequences(), callbacks=[first := Witness()]
+    )
+    _, by_name = train(Trainer, arguments(**accumulate))
+    earlier.train()
+    _, later = train(NonEuclidTrainer, arguments(**accumulate))
+    assert first.losses == by_name.losses == later.losses
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def windows(rows, accumulation, steps):
+    """The micro-batches of each step, epoch after epoch."""
+    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    epoch = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+    return [epoch[step % len(epoch)] for step in range(steps)]
+
+
+def forward(weights, rows):
+    """Logits that predict a token, and labels, of a fresh model with these weights."""
+    model = gpt2()
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        logits = model(torch.stack([row["input_ids"] for row in rows])).logits
+    return logits[:, :-1].double(), torch.stack([row["labels"] for row in rows])[:, 1:]
+
+
+def mean_over_tokens(weights, window, label_smoothing=0.0):
+    """Mean cross-entropy over the label tokens of a whole window."""
+    logits, labels = forward(weights, [row for batch in window for row in batch])
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing).item()
+
+
+def token_mean(outputs, labels, num_items_in_batch, label_smoothing=0.0):
+    """A loss for the Trainer, as compute_loss_func."""
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return (
+        cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing) / num_items_in_batch
+    )
+
+
+def assert_observed(witness, rows, accumulation, objective):
+    expected = [
+        objective(weights, window)
+        for (weights, _), window in zip(
+            witness.before, windows(rows, accumulation, len(witness.before)), strict=True
+        )
+    ]
+    assert witness.losses == pytest.approx(expected, rel=1e-6)
+
+
+CASES = {
+    "plain": {},
+    "accumulation with a short last window": {"gradient_accumulation_steps": 3},
+    "accumulation over a whole epoch": {"gradient_accumulation_steps": 5},
+    "tokens not averaged across devices": {
+        "average_tokens_across_devices": False,
+        "gradient_accumulation_steps": 2,
+    },
+    "evaluation in between": {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "gradient_accumulation_steps": 2,
+    },
+    "no clipping": {"max_grad_norm": 0.0},
+    "a method without momo": {"optim": "muon", "gradient_accumulation_steps": 2},
+}
+
+
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_the_observed_loss_is_the_objective(arguments, trainer_class, options):
+    args = arguments(**options)
+    _, witness = train(trainer_class, args, eval_dataset=sequences(12, seed=1))
+    assert_observed(witness, sequences(), args.gradient_accumulation_steps, mean_over_tokens)
+
+
+def test_the_observed_loss_is_the_smoothed_objective_under_label_smoothing(arguments):
+    _, witness = train(Trainer, arguments(label_smoothing_factor=0.2, gradient_accumulation_steps=3))
+    assert_observed(witness, sequences(), 3, lambda weights, window: mean_over_tokens(weights, window, 0.2))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_observed_loss_is_that_of_an_overridden_compute_loss(arguments, scaled):
+    """Averaged over the micro-batches unless the class says that it has done so itself."""
+
+    class SmallLogits(Trainer):
+        loss_is_scaled_for_ga = scaled
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(inputs["input_ids"])
+            loss = 10 * outputs.logits[:, :-1].square().mean()
+            return (loss, outputs) if return_outputs else loss
+
+    def objective(weights, window):
+        losses = [10 * forward(weights, batch)[0].square().mean().item() for batch in window]
+        return sum(losses) / (1 if scaled else len(losses))
+
+    _, witness = train(SmallLogits, arguments(gradient_accumulation_steps=3))
+    assert_observed(witness, sequences(), 3, objective)
+
+
+def test_the_observed_loss_is_that_of_a_compute_loss_func(arguments):
+    loss_func = functools.partial(token_mean, label_smoothing=0.5)
+    _, witness = train(Trainer, arguments(gradient_accumulation_steps=3), compute_loss_func=loss_func)
+    assert_observed(witness, sequences(), 3, lambda weights, window: mean_over_tokens(weights, window, 0.5))
+
+
+@pytest.mark.parametrize("method", ["muonmax_momo", "muon_momo"])
+@pytest.mark.parametrize(
+    ("model", "loss", "steps", "tolerance"),
+    [
+        (lambda: gpt2().double(), lambda: {"compute_loss_func": token_mean}, 4, 1e-9),
+        # Not GPT-2: the gradient of its key biases is zero but for rounding, which adaptive norms scale up.
+        (lambda: llama(), dict, 2, 1e-4),
+    ],
+    ids=["float64", "float32"],
+)
+def test_accumulating_four_batches_of_four_is_one_batch_of_sixteen(
+    arguments, method, model, loss, steps, tolerance
+):
+    rows = sequences(32)
+    common = {"optim": method, "learning_rate": 0.3, "max_steps": steps}
+    small, _ = train(Trainer, arguments(**common, gradient_accumulation_steps=4), rows, model(), **loss())
+    large, _ = train(Trainer, arguments(**common, per_device_train_batch_size=16), rows, model(), **loss())
+    assert min(logged(large, "step_size")) < 0.1  # truncated, so the loss enters the parameters
+    assert logged(small, "step_size") == pytest.approx(logged(large, "step_size"), rel=tolerance)
+    torch.testing.assert_close(
+        parameters(small.model), parameters(large.model), rtol=tolerance, atol=tolerance
+    )
+
+
+def accelerated(accumulation):
+    """A model, an optimizer, an accelerator and batches, as a hand-written loop has them."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    model = gpt2()
+    optimizer = hf_noneuclid.create_optimizer(model, lr=1e-2)
+    model, prepared, loader = accelerator.prepare(
+        model, optimizer, DataLoader(sequences(), batch_size=BATCH, shuffle=False)
+    )
+    return accelerator, model, optimizer, prepared, loader
+
+
+def mean_of_batches(weights, window):
+    """What a hand-written loop minimises: the losses of the micro-batches, each over the window's length."""
+    return sum(mean_over_tokens(weights, [batch]) for batch in window) / 2
+
+
+@pytest.mark.usefixtures("unobserved")
+def test_a_hand_written_accelerate_loop_observes_its_loss():
+    accelerator, model, optimizer, prepared, loader = accelerated(accumulation=2)
+    observe_all_accelerators()
+    observe_all_accelerators()
+    witness = Witness()
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                witness.before.append((parameters(model), None))
+            prepared.step()
+            prepared.zero_grad()
+            if accelerator.sync_gradients:
+                witness.losses.append(optimizer.diagnostics()["loss"])
+    assert len(witness.losses) == 3
+    assert_observed(witness, sequences(), 2, mean_of_batches)
+
+
+@pytest.mark.usefixtures("unobserved")
+def test_the_loss_of_a_step_that_was_skipped_is_not_added_to_the_next():
+    accelerator, model, optimizer, prepared, loader = accelerated(accumulation=1)
+    observe_all_accelerators()
+    skipped, taken, *_ = loader
+    accelerator.backward(100 * model(**skipped).loss)
+    prepared.zero_grad()  # as a loss scaler does that found an overflow
+    weights = parameters(model)
+    accelerator.backward(model(**taken).loss)
+    prepared.step()
+    assert optimizer.diagnostics()["loss"] == pytest.approx(
+        mean_over_tokens(weights, [sequences()[BATCH : 2 * BATCH]]), rel=1e-6
+    )
+
+
+def test_observed_losses_add_up_until_a_window_begins():
+    model = nn.Linear(3, 2)
+    optimizer = hf_noneuclid.create_optimizer(model, lr=1e-2)
+    for loss, begin in [(7.0, True), (5.0, False), (2.0, True), (1.0, False)]:
+        optimizer.observe_loss(loss, begin=begin)
+    optimizer.step()
+    assert optimizer.diagnostics()["loss"] == 3.0
+    with pytest.raises(RuntimeError, match="none was observed"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("unobserved")
+def test_momo_without_an_observed_loss_says_what_to_do():
+    accelerator, model, _, prepared, loader = accelerated(accumulation=1)
+    before = parameters(model)
+    accelerator.backward(model(**next(iter(loader))).loss)
+    with pytest.raises(RuntimeError, match=r"observe_loss\(loss\) before step\(\)"):
+        prepared.step()
+    assert_same(parameters(model), before)
+
+
+# ---------------------------------------------------------------- options
+
+
+@BY_NAME_AND_BY_CLASS
+def test_exactly_the_decay_parameters_of_the_trainer_decay(arguments, trainer_class):
+    trainer = trainer_class(gpt2(), arguments(weight_decay=0.5, learning_rate=0.1))
+    optimizer = optimizer_of(trainer)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(loss=0.0)  # no gradient: nothing but decay can move a parameter
+    decayed = {
+        name for name, p in trainer.model.named_parameters() if torch.equal(p, torch.full_like(p, 0.95))
+    }
+    kept = {name for name, p in trainer.model.named_parameters() if torch.equal(p, torch.ones_like(p))}
+    names = {name for name, _ in trainer.model.named_parameters()}
+    assert decayed == names & set(trainer.get_decay_parameter_names(trainer.model))
+    assert kept == names - decayed
+    assert decayed
+    assert kept
+
+
+@BY_NAME_AND_BY_CLASS
+def test_optim_args_reach_the_optimizer_with_their_types(arguments, trainer_class):
+    text = "momentum=0.9, beta2=0.8, eps=1e-6, polar_steps=3, nuclear_norm=stale, loss_lower_bound=1.5"
+    trainer = trainer_class(gpt2(), arguments(optim_args=f"{text}, matrix_lr_scale=4"))
+    expected = {
+        "momentum": 0.9,
+        "beta2": 0.8,
+        "eps": 1e-6,
+        "polar_steps": 3,
+        "nuclear_norm": "stale",
+        "loss_lower_bound": 1.5,
+        "lr": 1e-2,
+    }
+    for group in optimizer_of(trainer).param_groups:
+        assert {key: group[key] for key in expected} == expected
+        assert group["lr_scale"] == (4.0 if group["norm"] == "spectral" else 1.0)
+
+
+def test_the_adam_arguments_do_not_reach_the_optimizer(arguments):
+    args = arguments(adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=0.1)
+    group = optimizer_of(Trainer(gpt2(), args)).param_groups[0]
+    assert [group[key] for key in ("momentum", "beta2", "eps")] == [0.95, 0.95, 1e-8]
+
+
+@BY_NAME_AND_BY_CLASS
+def test_optim_target_modules_chooses_the_matrices(arguments, trainer_class):
+    args = arguments(optim_target_modules=["c_fc", "wpe"])
+    groups = optimizer_of(trainer_class(gpt2(), args)).param_groups
+    matrices = {name for group in groups if group["norm"] == "spectral" for name in group["param_names"]}
+    assert matrices == {
+        "transformer.wpe.weight",
+        "transformer.h.0.mlp.c_fc.weight",
+        "transformer.h.1.mlp.c_fc.weight",
+    }
+
+
+def test_the_constant_linear_schedule_of_the_paper_has_a_name(arguments):
+    schedule = {"num_decay_steps": 6, "min_lr_ratio": 0.1, "decay_type": "linear"}
+    args = arguments(max_steps=10, lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=schedule)
+    trainer, _ = train(Trainer, args)
+    ratios = [1, 1, 1, 1, *(1 - 0.9 * k / 6 for k in range(6))]
+    assert logged(trainer, "learning_rate") == pytest.approx([1e-2 * ratio for ratio in ratios])
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(1e-3)
+
+
+# ---------------------------------------------------------------- the log
+
+
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize(
+    ("optim", "present", "absent"),
+    [
+        ("muonmax_momo", ("step_size", "dual_norm", "truncation_rate", "loss_lower_bound"), ("bad_steps",)),
+        ("muonmax", ("step_size", "dual_norm"), ("truncation_rate", "loss_lower_bound", "bad_steps")),
+    ],
+)
+def test_each_log_of_training_says_what_the_steps_were(arguments, trainer_class, optim, present, absent):
+    trainer, _ = train(trainer_class, arguments(optim=optim))
+    for key in present:
+        assert len(logged(trainer, key)) == 4
+    for key in absent:
+        assert logged(trainer, key) == []
+    assert all(dual > 0 for dual in logged(trainer, "dual_norm"))
+
+
+def test_the_log_of_another_optimizer_is_left_alone(arguments):
+    trainer = Trainer(gpt2(), arguments(optim="adamw_torch"), train_dataset=sequences())
+    trainer.train()
+    ours = {"step_size", "dual_norm", "truncation_rate", "loss_lower_bound", "bad_steps"}
+    assert not any(ours & set(entry) for entry in trainer.state.log_history)
+
+
+def test_other_callbacks_see_the_step_size_in_the_log(arguments):
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.append(logs.get("step_size"))
+
+    trainer = Trainer(gpt2(), arguments(), train_dataset=sequences(), callbacks=[Reporter()])
+    trainer.train()
+    assert seen[:4] == logged(trainer, "step_size")
+
+
+@BY_NAME_AND_BY_CLASS
+def test_a_huge_learning_rate_is_truncated_and_the_log_shows_it(arguments, trainer_class):
+    trainer, _ = train(trainer_class, arguments(learning_rate=100.0, max_steps=6, logging_steps=3))
+    assert logged(trainer, "truncation_rate") == [1.0, 1.0]
+    pairs = zip(logged(trainer, "step_size"), logged(trainer, "learning_rate"), strict=True)
+    assert all(0 <= step_size < learning_rate for step_size, learning_rate in pairs)
+
+
+def test_a_step_size_that_is_not_truncated_is_the_learning_rate(arguments):
+    trainer, _ = train(Trainer, arguments(learning_rate=1e-4))
+    assert logged(trainer, "step_size") == pytest.approx(logged(trainer, "learning_rate"), rel=1e-6)
+    assert logged(trainer, "truncation_rate") == [0.0] * 4
+
+
+# ---------------------------------------------------------------- bad input
+
+
+class Bigrams(nn.Module):
+    """A language model that has an embedding and no matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, VOCABULARY)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.table(input_ids)[:, :-1]
+        return {"loss": cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())}
+
+
+BAD_OPTIONS = {
+    "an unknown option": ({"optim_args": "nuclear=stale"}, r"unknown option 'nuclear'.*nuclear_norm"),
+    "an option of momo without momo": (
+        {"optim": "muonmax", "optim_args": "loss_lower_bound=1"},
+        r"method muonmax: unknown option 'loss_lower_bound'.*momentum",
+    ),
+    "an option of the free method": (
+        {"optim": "muon", "optim_args": "descent=regularized"},
+        r"method muon: unknown option 'descent'",
+    ),
+    "a value out of range": ({"optim_args": "momentum=1.5"}, r"momentum must be .* not 1\.5"),
+    "no such choice": ({"optim_args": "nuclear_norm=old"}, r"one of exact, stale, frobenius, not 'old'"),
+    "not a number": ({"optim_args": "momentum=high"}, r"momentum must be a number, not 'high'"),
+    "not an integer": ({"optim_args": "polar_steps=2.5"}, r"polar_steps must be an integer, not '2\.5'"),
+    "a negative learning rate": ({"learning_rate": -1.0}, r"lr must be .* not -1\.0"),
+    "negative weight decay": ({"weight_decay": -0.1}, r"weight_decay must be .* not -0\.1"),
+    "a free method with settings missing": (
+        {"optim": "noneuclid", "optim_args": "product_norm=l2"},
+        r"missing descent, vector_norm .*constrained, regularized",
+    ),
+    "a target that matches nothing": ({"optim_target_modules": ["no_such"]}, r"'no_such' matches no module"),
+}
+
+
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_bad_options_are_refused_before_training(arguments, trainer_class, options, message):
+    args = arguments(**options)
+    trainer = trainer_class(gpt2(), args, train_dataset=sequences())
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert written(args) == []
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones(arguments):
+    with pytest.raises(ValueError, match=r"muonmx.*muonmax_momo"):
+        arguments(optim="muonmx")
+    with pytest.raises(ValueError, match=r"'muonmx'.*muonmax_momo"):
+        hf_noneuclid.create_optimizer(gpt2(), "muonmx", lr=1e-2)
+
+    class Misspelt(NonEuclidTrainer):
+        method = "muonmx"
+
+    default = TrainingArguments.__dataclass_fields__["optim"].default
+    with pytest.raises(ValueError, match=r"'muonmx'.*muonmax_momo"):
+        Misspelt(gpt2(), arguments(optim=default)).create_optimizer()
+
+
+@BY_NAME_AND_BY_CLASS
+def test_a_model_without_matrices_is_refused(arguments, trainer_class):
+    args = arguments()
+    with pytest.raises(ValueError, match="Bigrams"):
+        trainer_class(Bigrams(), args, train_dataset=sequences()).train()
+    assert written(args) == []
+
+
+def test_a_trainer_of_ours_refuses_a_foreign_optimizer(arguments):
+    trainer = NonEuclidTrainer(gpt2(), arguments(optim="adafactor"), train_dataset=sequences())
+    with pytest.raises(ValueError, match=r"NonEuclidTrainer trains with 'muonmax_momo'.*'adafactor'"):
+        trainer.train()
+
+
+@BY_NAME_AND_BY_CLASS
+def test_a_lower_bound_above_the_first_loss_is_warned_of(arguments, trainer_class):
+    with pytest.warns(UserWarning, match=r"loss_lower_bound is 77, above the first loss, 4\.\d+") as caught:
+        trainer, _ = train(trainer_class, arguments(optim_args="loss_lower_bound=77"))
+    assert sum("loss_lower_bound" in str(warning.message) for warning in caught) == 1
+    assert logged(trainer, "loss_lower_bound") == [77.0] * 4
+
+
+@BY_NAME_AND_BY_CLASS
+def test_fsdp_version_1_is_refused_and_version_2_named(arguments, trainer_class, monkeypatch):
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # the Trainer sets it; undone with the test
+    config = {"version": 1, "transformer_layer_cls_to_wrap": ["GPT2Block"], "sync_module_states": False}
+    args = arguments(fsdp=True, fsdp_config={**config, "cpu_ram_efficient_loading": False})
+    assert args.device.type == "cpu"
+    # Without this the state takes a CPU for no place where FSDP could run.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = trainer_class(gpt2(), args, train_dataset=sequences())
+    with pytest.raises(RuntimeError, match=r"FSDP version 1 .*FSDP2"):
+        trainer.create_optimizer()
+
+
+# ---------------------------------------------------------------- bad steps
+
+
+def nan_in_call(*bad):
+    """A loss for the Trainer, NaN in these of its calls, counted from 1."""
+    calls = 0
+
+    def loss_func(outputs, labels, num_items_in_batch=None):
+        nonlocal calls
+        calls += 1
+        return token_mean(outputs, labels, num_items_in_batch) * (float("nan") if calls in bad else 1.0)
+
+    return loss_func
+
+
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize("method", ["muonmax_momo", "muon"])
+def test_a_nan_loss_changes_nothing_and_training_goes_on(arguments, trainer_class, method, caplog):
+    args = arguments(optim=method, weight_decay=0.1, max_steps=5, optim_args="nuclear_norm=stale")
+    trainer, witness = train(trainer_class, args, compute_loss_func=nan_in_call(3))
+    unchanged = []
+    for before, after in zip(witness.before, witness.after, strict=True):
+        try:
+            assert_same(after, before)
+            unchanged.append(True)
+        except AssertionError:
+            unchanged.append(False)
+    assert unchanged == [False, False, True, False, False]
+    assert all(value.isfinite().all() for value in parameters(trainer.model).values())
+    bad = {entry["step"]: entry["bad_steps"] for entry in trainer.state.log_history if "bad_steps" in entry}
+    assert bad == {3: 1}
+    warnings = [record.getMessage() for record in caplog.records if "changed nothing" in record.getMessage()]
+    assert len(warnings) == 1
+
+
+def test_a_second_training_does_not_report_the_steps_of_the_first(arguments):
+    trainer, _ = train(Trainer, arguments(learning_rate=100.0, max_steps=3), compute_loss_func=nan_in_call(2))
+    trainer.args.learning_rate = 1e-5
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 1e-5
+    trainer.train()
+    assert logged(trainer, "bad_steps") == []
+    assert logged(trainer, "truncation_rate") == [0.0] * 3
+
+
+@BY_NAME_AND_BY_CLASS
+def test_a_training_after_one_that_was_stopped_is_judged_by_its_own_steps(arguments, trainer_class):
+    losses = {"compute_loss_func": nan_in_call(*range(1, 11))}
+    trainer = trainer_class(gpt2(), arguments(max_steps=12), train_dataset=sequences(), **losses)
+    with pytest.raises(RuntimeError, match=r"step 1;"):
+        trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 12
+
+
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize("logging_steps", [5, 1000])
+def test_ten_nan_losses_in_a_row_stop_the_training_at_the_next_log(arguments, trainer_class, logging_steps):
+    args = arguments(max_steps=20, logging_steps=logging_steps)
+    trainer = trainer_class(
+        gpt2(), args, train_dataset=sequences(), compute_loss_func=nan_in_call(*range(3, 21))
+    )
+    with pytest.raises(RuntimeError, match=r"ten steps in a row .* step 3;"):
+        trainer.train()
+    assert trainer.state.global_step == (15 if logging_steps == 5 else 20)
+
+
+@BY_NAME_AND_BY_CLASS
+def test_nine_nan_losses_in_a_row_do_not_stop_the_training(arguments, trainer_class):
+    args = arguments(max_steps=24, logging_steps=3)
+    bad = [*range(2, 11), *range(12, 21)]
+    trainer, _ = train(trainer_class, args, compute_loss_func=nan_in_call(*bad))
+    assert trainer.state.global_step == 24
+    assert sum(logged(trainer, "bad_steps")) == 18
+
+
+@BY_NAME_AND_BY_CLASS
+def test_the_first_bad_step_of_a_resumed_run_is_counted_from_its_start(arguments, trainer_class):
+    train(trainer_class, arguments(max_steps=4, save_strategy="steps", save_steps=4))
+    args = arguments(max_steps=30)
+    # Its third call is step 7: four steps were taken before.
+    trainer = trainer_class(
+        gpt2(), args, train_dataset=sequences(), compute_loss_func=nan_in_call(*range(3, 31))
+    )
+    with pytest.raises(RuntimeError, match=r"ten steps in a row .* step 7;"):
+        trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-4")
+    assert trainer.state.global_step == 16
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [("muonmax_momo", ""), ("muonmax_momo", "nuclear_norm=stale"), ("muonmax", "nuclear_norm=stale")],
+)
+def test_a_resumed_run_goes_on_bit_for_bit(arguments, trainer_class, method, text, dtype):
+    args = arguments(
+        optim=method,
+        optim_args=text,
+        learning_rate=0.3,
+        weight_decay=0.1,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    whole, _ = train(trainer_class, args, model=gpt2().to(dtype))
+    checkpoint = f"{args.output_dir}/checkpoint-3"
+    resumed = trainer_class(gpt2().to(dtype), args, train_dataset=sequences())
+    resumed.train(resume_from_checkpoint=checkpoint)
+
+    assert next(resumed.model.parameters()).dtype == dtype
+    assert_same(parameters(resumed.model), parameters(whole.model))
+    assert resumed.state.global_step == 6
+    for key in ("step_size", "dual_norm"):
+        assert logged(resumed, key) == logged(whole, key)
+    saved = torch.load(f"{checkpoint}/optimizer.pt", weights_only=True)["state"]
+    live = find_optimizer(resumed.optimizer).state_dict()["state"]
+    for state in (saved, live):
+        assert {x.dtype for entry in state.values() for x in entry.values()} == {torch.float32}
+
+
+# ---------------------------------------------------------------- arguments as data
+
+
+def test_arguments_survive_pickling_into_another_process(arguments, tmp_path):
+    """Every name, an alias and a hyphenated one included, with nothing but our import on the other side."""
+    torch.save({name: arguments(optim=name) for name in all_names()}, tmp_path / "arguments.bin")
+    program = (
+        "import json, sys, torch, hf_noneuclid\n"
+        "loaded = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(json.dumps({name: args.optim.value for name, args in loaded.items()}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "arguments.bin")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1]) == {name: name for name in all_names()}
+
+
+@pytest.mark.parametrize("name", all_names())
+def test_arguments_are_parsed_and_written_as_json(arguments, tmp_path, name):
+    line = ["--output_dir", str(tmp_path), "--optim", name, "--optim_args", "momentum=0.9", "--use_cpu"]
+    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
+    assert args.optim == name
+    assert json.loads(args.to_json_string())["optim"] == name
+    assert copy.deepcopy(args).optim is args.optim
