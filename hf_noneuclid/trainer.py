@@ -29,10 +29,12 @@ from .methods import (
 from .optimizer import NonEuclideanDescent
 
 try:
+    import transformers
     import transformers.trainer as hf_trainer
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
+    from packaging.version import Version
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
     from transformers.training_args import OptimizerNames
@@ -74,6 +76,20 @@ def _accumulation_divisor(accelerator: Accelerator, scale_wrt_gas: bool = True, 
         return int(accelerator.gradient_accumulation_steps)
     engine = accelerator.deepspeed_engine_wrapped.engine
     return int(engine.gradient_accumulation_steps()) if scale_wrt_gas else 1
+
+
+def _warn_of_double_division(args: Any) -> None:
+    """Before transformers 5.6 the Trainer leaves accelerate's division of the loss on, beside its own."""
+    steps = args.gradient_accumulation_steps
+    if steps > 1 and Version(transformers.__version__) < Version("5.6"):
+        logger.warning(
+            "transformers %s divides most losses by the %d accumulation steps twice, so that loss and "
+            "gradients are %d times too small, and so are the steps of the regularized methods (polargrad, "
+            "muonmax). Use transformers 5.6 or later.",
+            transformers.__version__,
+            steps,
+            steps,
+        )
 
 
 def find_optimizer(optimizer: Any) -> NonEuclideanDescent | None:
@@ -202,8 +218,10 @@ class NonEuclidCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = find_optimizer(kwargs.get("optimizer"))
         self._log = None if optimizer is None else StepLog(optimizer)
-        if optimizer is not None and optimizer not in _FED_ALONE:
-            observe_all_accelerators()
+        if optimizer is not None:
+            _warn_of_double_division(args)
+            if optimizer not in _FED_ALONE:
+                observe_all_accelerators()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = find_optimizer(kwargs.get("optimizer"))

@@ -11,18 +11,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.optimization import get_wsd_schedule
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
-import corpus  # noqa: E402
 import learning_rates  # noqa: E402
-import model as recipe_model  # noqa: E402
 import options  # noqa: E402
-import packing  # noqa: E402
 import pretrain  # noqa: E402
 import results  # noqa: E402
 
@@ -34,6 +30,7 @@ TINY = [
     "--sample_tokens=0",
     "--logging_steps=1",
     "--per_device_train_batch_size=4",
+    "--eval_steps=0.999",
 ]
 
 
@@ -46,9 +43,9 @@ def _own_caches(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """20 kB of lines of words, no two lines alike."""
-    words = "the of and king lord land house people unto shall thou ark light day night water über".split()
+    words = ["the", "of", "and", "king", "land", "house", "people", "unto", "shall", "ark", "light", "über"]
     generator = np.random.default_rng(0)
-    lines = [f"{i} " + " ".join(generator.choice(words, 12)) + "\n" for i in range(350)]
+    lines = [f"{i} " + " ".join(generator.choice(words, 14)) + "\n" for i in range(350)]
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return str(path)
@@ -81,7 +78,7 @@ def mean_loss(model, blocks):
     """Mean of -log p over every token that has one before it, written without the model's own loss."""
     with torch.no_grad():
         logits = model(input_ids=blocks).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), blocks[:, 1:].flatten()).item()
+    return cross_entropy(logits[:, :-1].flatten(0, 1).double(), blocks[:, 1:].flatten()).item()
 
 
 # ---------------------------------------------------------------- results
@@ -134,14 +131,6 @@ def test_the_embedded_corpus(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert not list(tmp_path.glob(".*")), "temporary files stay behind"
-
-
-def test_the_embedded_corpus_holds_out_whole_chapters():
-    loaded = corpus.load_corpus(options.DataArguments(), seed=0)
-    train_part, validation = list(loaded.train), list(loaded.validation)
-    assert len(train_part) + len(validation) == 1189
-    assert not set(train_part) & set(validation)
-    assert 0.02 < sum(map(len, validation)) / sum(map(len, train_part)) < 0.04
 
 
 def test_the_step_size_is_logged_and_drawn(tmp_path, text_file):
@@ -210,7 +199,9 @@ def test_resuming_continues_the_same_trajectory(tmp_path, text_file):
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
     elsewhere = train(
-        tmp_path / "elsewhere", *flags, f"--resume_from_checkpoint={tmp_path / 'interrupted' / 'checkpoint-3'}"
+        tmp_path / "elsewhere",
+        *flags,
+        f"--resume_from_checkpoint={tmp_path / 'interrupted' / 'checkpoint-3'}",
     )
     assert elsewhere["eval_loss"] == metrics["eval_loss"]
 
@@ -239,7 +230,9 @@ def test_a_checkpoint_can_be_continued_from(tmp_path, text_file):
     flags = [f"--train_files={text_file}", "--max_steps=1", "--learning_rate=0"]
     first = train(tmp_path / "a", *flags)
     continued = [flag for flag in TINY if "overrides" not in flag]
-    pretrain.main([*continued, f"--output_dir={tmp_path / 'b'}", *flags, f"--model_name_or_path={tmp_path / 'a'}"])
+    pretrain.main(
+        [*continued, f"--output_dir={tmp_path / 'b'}", *flags, f"--model_name_or_path={tmp_path / 'a'}"]
+    )
     second = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert second["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-6)
 
@@ -251,7 +244,9 @@ def test_a_checkpoint_can_be_continued_from(tmp_path, text_file):
 def test_constant_then_linear_down_to_a_tenth(tmp_path, text_file, length):
     flags = [f"--train_files={text_file}", *length, "--learning_rate=0.5", "--optim=sgd", "--save_steps=1.0"]
     batch = 24 if length[0] == "--max_steps=-1" else 4
-    steps = train(tmp_path, *flags, f"--per_device_train_batch_size={batch}", "--save_strategy=epoch")["steps"]
+    steps = train(tmp_path, *flags, f"--per_device_train_batch_size={batch}", "--save_strategy=epoch")[
+        "steps"
+    ]
     _, rates = results.series(history(tmp_path, steps), "learning_rate")
     constant = steps - round(0.6 * steps)
     assert steps >= 10
@@ -276,61 +271,303 @@ def test_a_warm_up_shortens_the_constant_part_then_the_decay(tmp_path, text_file
     assert rates[4:] == pytest.approx([1, 0.55])
 
 
-# ---------------------------------------------------------------- packing
+# ---------------------------------------------------------------- options
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return recipe_model.train_tokenizer(["the king of the land\n", "and the people"] * 3, 280, 8)
+def parsed(*flags):
+    return options.parse(["--use_cpu=true", *flags])
 
 
-DOCUMENTS = ["the king\n", "", "of the land and the people of the land", "a", "über alles\nthe end"]
+def test_the_command_line_overrides_the_yaml_file_which_overrides_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "learning_rate: 3e-2\nmax_steps: 7\nstreaming: true\ndataset_name: a\nweight_decay: 0.5\n"
+        "lr_scheduler_kwargs: {min_lr_ratio: 0.2}\nseed: null\noptim_args: momentum=0.9,beta2=0.8\n"
+    )
+    for flags in (["--config", str(path), "--max_steps", "9"], ["--max_steps", "9", "--config", str(path)]):
+        _, data_args, args = parsed(*flags, "--no_prediction_loss_only")
+        assert (args.learning_rate, args.max_steps, args.weight_decay) == (0.03, 9, 0.5)
+        assert args.lr_scheduler_kwargs == {"min_lr_ratio": 0.2}
+        assert args.optim_args == "momentum=0.9,beta2=0.8"
+        assert data_args.streaming is True
+        assert args.prediction_loss_only is False
+        assert args.max_grad_norm == 1.0
+        assert args.seed == args.data_seed == 42
 
 
-def test_packing_loses_nothing_but_the_last_partial_block(tokenizer):
-    ids = [i for text in DOCUMENTS if text for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    for block_size in (1, 3, 8):
-        blocks = packing.pack(corpus.Documents(DOCUMENTS), tokenizer, block_size)
-        rows = np.stack(list(blocks.dataset["input_ids"]))
-        assert rows.flatten().tolist() == ids[: len(ids) // block_size * block_size]
-        assert blocks.tokens == len(ids)
-        assert blocks.utf8_bytes == len("".join(DOCUMENTS).encode())
+def test_lists_in_the_yaml_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train_files: [a.txt, b.txt]\noptim_target_modules: [c_attn, c_fc]\n")
+    _, data_args, args = parsed("--config", str(path))
+    assert data_args.train_files == ["a.txt", "b.txt"]
+    assert args.optim_target_modules == ["c_attn", "c_fc"]
+    assert parsed("--config", str(path), "--train_files", "c.txt")[1].train_files == ["c.txt"]
 
 
-def test_a_limit_keeps_tokens_and_bytes_of_what_was_read(tokenizer):
-    blocks = packing.pack(corpus.Documents(DOCUMENTS), tokenizer, 3, limit=1)
-    assert len(blocks.dataset) == 1
-    assert blocks.utf8_bytes == len(DOCUMENTS[0].encode())
-    assert blocks.tokens == len(tokenizer(DOCUMENTS[0])["input_ids"]) + 1
+def test_the_example_of_the_default_run_is_the_default_run():
+    written = options.parse(["--config", str(RECIPES / "configs" / "bible.yaml")])
+    for given, default in zip(written, options.parse([]), strict=True):
+        differing = {key for key, value in vars(given).items() if value != vars(default)[key]}
+        assert differing <= {"optim_args", "global_batch_size", "lr_scheduler_kwargs", "distributed_state"}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_lazy_packing_gives_the_same_blocks(tokenizer, streaming):
-    rows = datasets.Dataset.from_dict({"body": DOCUMENTS})
-    documents = corpus.Documents(rows.to_iterable_dataset() if streaming else rows, "body")
-    lazy = packing.pack_lazily(documents, tokenizer, 3).dataset
-    assert isinstance(lazy, datasets.IterableDataset) == streaming
-    expected = packing.pack(corpus.Documents(DOCUMENTS), tokenizer, 3).dataset
-    assert [list(row["input_ids"]) for row in lazy] == [list(row["input_ids"]) for row in expected]
+def test_every_example_parses_for_the_devices_it_names():
+    _, data_args, args = parsed(
+        "--config", str(RECIPES / "configs" / "fineweb_124m.yaml"), "--gradient_accumulation_steps", "128"
+    )
+    assert args.sequences_per_step * data_args.block_size == 2**19
+    assert args.bf16
 
 
-def test_long_documents_are_cut_at_line_ends_only(tokenizer, monkeypatch):
-    text = "the king\nof the land\n\nand the people of a long line without end\nthe end"
-    whole = packing.pack(corpus.Documents([text]), tokenizer, 2)
-    monkeypatch.setattr(packing, "PIECE", 4)
-    assert [piece for piece, _ in packing._pieces(text)] == text.splitlines(keepends=True)[:2] + [
-        "\nand the people of a long line without end\n",
-        "the end",
+def test_overrides_change_the_configuration(tmp_path, text_file):
+    small = (
+        "hidden_size=16,intermediate_size=24,num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=1"
+    )
+    flags = [f"--train_files={text_file}", "--max_steps=1", "--model_type=llama"]
+    train(tmp_path, *flags, f"--config_overrides={small},tie_word_embeddings=true")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.config.model_type == "llama"
+    assert model.config.vocab_size == 300
+    assert model.config.num_key_value_heads == 1
+    assert model.config.tie_word_embeddings is True
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def refused(tmp_path, capsys, *flags):
+    """What a run that must not start says; it must leave no output folder."""
+    folder = tmp_path / "refused"
+    with pytest.raises(SystemExit) as caught:
+        train(folder, *flags)
+    assert caught.value.code == 2
+    assert not folder.exists()
+    captured = capsys.readouterr()
+    assert captured.err.count("error:") == 1
+    return captured.err
+
+
+def written(tmp_path, name, content):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    return str(tmp_path / name)
+
+
+def test_files_that_cannot_be_read(tmp_path, capsys, text_file):
+    latin = written(tmp_path, "latin.txt", b"plain " * 3 + "für".encode("latin-1"))
+    message = refused(tmp_path, capsys, f"--train_files={latin}")
+    assert "latin.txt is not UTF-8" in message
+    assert "at byte 19" in message
+    assert "at byte 19" in refused(
+        tmp_path, capsys, f"--train_files={text_file}", f"--validation_files={latin}"
+    )
+    assert "nowhere.txt: No such file" in refused(tmp_path, capsys, "--train_files=nowhere.txt")
+
+
+def test_corpora_with_too_little_text(tmp_path, capsys):
+    empty = written(tmp_path, "empty.txt", b"")
+    assert "holds no text" in refused(tmp_path, capsys, f"--train_files={empty}")
+    short = written(tmp_path, "short.txt", b"a few words\nand a few more")
+    assert "do not fill one block of --block_size 32" in refused(tmp_path, capsys, f"--train_files={short}")
+    message = refused(tmp_path, capsys, f"--dataset_name={Path(written(tmp_path, 'd/a.jsonl', b'')).parent}")
+    assert "cannot load dataset" in message or "empty" in message
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_datasets_that_cannot_be_used(tmp_path, capsys, dataset_folder, streaming):
+    flags = [f"--dataset_name={dataset_folder}", f"--streaming={streaming}"]
+    message = refused(tmp_path, capsys, *flags, "--text_column=content")
+    assert "no column 'content'" in message
+    assert "text, id" in message
+    assert "holds int, not text" in refused(tmp_path, capsys, *flags, "--text_column=id")
+    assert "split test" in refused(tmp_path, capsys, *flags, "--validation_split=test")
+    message = refused(tmp_path, capsys, *flags, "--validation_documents=350")
+    assert ("train part holds no text" if streaming == "true" else "350 leaves none to train on") in message
+    missing = refused(tmp_path, capsys, "--dataset_name=nobody/nothing", f"--streaming={streaming}")
+    assert "cannot load dataset nobody/nothing" in missing
+    rows = b'{"text": ""}\n{"text": null}\n{"text": ""}\n'
+    blank = Path(written(tmp_path, "blank/train.jsonl", rows)).parent
+    assert "holds no text" in refused(
+        tmp_path, capsys, f"--dataset_name={blank}", "--validation_documents=1", f"--streaming={streaming}"
+    )
+
+
+def test_an_empty_split(tmp_path, capsys, monkeypatch):
+    none = datasets.Dataset.from_dict({"text": []})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: none)
+    assert "is empty" in refused(tmp_path, capsys, "--dataset_name=some/thing")
+
+
+def test_a_folder_that_holds_another_run(tmp_path, capsys, text_file):
+    flags = [f"--train_files={text_file}", "--max_steps=1"]
+    before = train(tmp_path, *flags)
+    with pytest.raises(SystemExit) as caught:
+        train(tmp_path, *flags)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "--resume_from_checkpoint" in message
+    assert "--overwrite_output_dir" in message
+    assert json.loads((tmp_path / "metrics.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--optim=muonmaxx"], "muonmax_momo"),
+        (["--optim_args=momentun=0.9"], "momentum"),
+        (["--optim_args=momentum=1.5"], "momentum must be a number in [0, 1)"),
+        (["--learning_rates=3"], "unknown arguments: --learning_rates=3"),
+        (["--learning_rate=fast"], "--learning_rate"),
+        (["--global_batch_size=16"], "4 (per_device_train_batch_size) x 1 (gradient_accumulation_steps) x 1"),
+        (["--decay_fraction=1.5"], "[0, 1]"),
+        (["--resume_from_checkpoint=true"], "holds no checkpoint"),
+        (["--resume_from_checkpoint=elsewhere"], "no trainer_state.json"),
+        (["--resume_from_checkpoint=true", "--overwrite_output_dir"], "would delete"),
+        (["--config_overrides=n_layers=3"], "has no n_layers"),
+        (["--config_overrides=n_layer"], "key=value"),
+        (["--config_overrides=vocab_size=100"], "300 tokens but the model's embedding only 100 rows"),
+        (["--config_overrides=n_positions=16"], "longer than the model's 16 positions"),
+        (["--model_type=gpt7"], "unknown --model_type 'gpt7'"),
+        (["--model_type=gpt2", "--config_name=gpt2"], "each name a model"),
+        (["--tokenizer_name=nobody/nothing"], "cannot load the tokenizer nobody/nothing"),
+        (["--config_name=nobody/nothing"], "nobody/nothing"),
+        (["--dataset_name=a"], "each name a corpus"),
+        (["--vocab_size=100"], "at least 257"),
+        (["--block_size=0"], "at least 1"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_options_that_cannot_be_used(tmp_path, capsys, text_file, flags, expected):
+    assert expected in refused(tmp_path, capsys, f"--train_files={text_file}", *flags)
+
+
+def test_a_yaml_file_that_cannot_be_used(tmp_path, capsys):
+    unknown = written(tmp_path, "a.yaml", b"learning_rate: 0.1\nlerning_rate: 0.1\nconfig: b.yaml\n")
+    assert "unknown keys in the --config file: config, lerning_rate" in refused(
+        tmp_path, capsys, f"--config={unknown}"
+    )
+    broken = written(tmp_path, "b.yaml", b"learning_rate: [0.1\n")
+    assert "b.yaml" in refused(tmp_path, capsys, f"--config={broken}")
+    wrong = written(tmp_path, "c.yaml", b"max_steps: many\n")
+    assert "invalid int value: 'many'" in refused(tmp_path, capsys, f"--config={wrong}")
+
+
+def test_a_stream_needs_a_number_of_steps(tmp_path, capsys, dataset_folder):
+    flags = [f"--dataset_name={dataset_folder}", "--streaming", "--max_steps=-1"]
+    assert "needs --max_steps" in refused(tmp_path, capsys, *flags)
+
+
+# ---------------------------------------------------------------- learning rates
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """Write the metrics of a run; no run that is missing may start."""
+    started = []
+
+    def start(command, **kwargs):
+        started.append(command)
+        kwargs["stdout"].write("ValueError: the last line of the log\n")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(learning_rates.subprocess, "run", start)
+
+    def prepare(method, rate, loss, flags=("--seed=1",)):
+        folder = tmp_path / method / rate
+        command = learning_rates.run_arguments(method, rate, folder, list(flags))
+        folder.mkdir(parents=True)
+        metrics = {"eval_loss": loss, "diverged": loss is None, "command": command, "config": {}}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+    prepare.started = started
+    return prepare
+
+
+def table(tmp_path, methods, rates):
+    arguments = ["--methods", *methods, "--learning_rates", *rates, "--output_dir", str(tmp_path)]
+    learning_rates.main([*arguments, "--", "--seed=1"])
+
+
+def test_the_table_of_runs_that_are_done(tmp_path, prepared, capsys):
+    for rate, muon, adamw in (("1e-3", 5.25, 4.5), ("1e-2", 4.75, None), ("1e-1", 10.5, 5.0)):
+        prepared("muon", rate, muon)
+        prepared("adamw_torch", rate, adamw)
+    table(tmp_path, ["muon", "adamw_torch"], ["1e-3", "1e-2", "1e-1"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| learning rate | 1e-3 | 1e-2 | 1e-1 |",
+        "|---|---|---|---|",
+        "| muon | 5.2500 | **4.7500** | 10.5000 |",
+        "| adamw_torch | **4.5000** | diverged | 5.0000 |",
     ]
-    cut = packing.pack(corpus.Documents([text]), tokenizer, 2)
-    assert (cut.tokens, cut.utf8_bytes) == (whole.tokens, whole.utf8_bytes)
+    assert not prepared.started
 
 
-def test_every_document_end_counts_in_the_hash(tokenizer):
-    hashes = {packing.pack(corpus.Documents(texts), tokenizer, 1).sha256 for texts in (["ab"], ["a", "b"], ["b", "a"])}
-    assert len(hashes) == 3
+def test_a_run_with_other_options_is_repeated_and_a_failure_is_reported(tmp_path, prepared, capsys):
+    prepared("muon", "1e-2", 4.5)
+    prepared("muon", "1e-1", 4.5, flags=["--seed=2"])
+    with pytest.raises(SystemExit) as caught:
+        table(tmp_path, ["muon"], ["1e-2", "1e-1"])
+    captured = capsys.readouterr()
+    assert caught.value.code == 1
+    assert "| muon | **4.5000** | failed |" in captured.out
+    assert "the last line of the log" in captured.err
+    (command,) = prepared.started
+    assert command[1:4] == [str(RECIPES / "pretrain.py"), "--optim", "muon"]
+    assert command[-1] == "--seed=1"
 
 
-def test_a_tokenizer_trained_here_gives_any_text_back(tokenizer):
-    text = "Never seen: ∑ 字 \x00 \t  two  spaces\n"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+def test_adam_runs_with_the_usual_betas():
+    arguments = learning_rates.run_arguments("adamw_torch", "1e-3", Path("x"), ["--adam_beta2", "0.99"])
+    args = options.parse(arguments)[2]
+    assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.99)
+    args = options.parse(learning_rates.run_arguments("adamw_torch", "1e-3", Path("x"), []))[2]
+    assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.95)
+
+
+def test_a_run_that_is_done_is_not_repeated(tmp_path, text_file, capsys):
+    """One run for real: what pretrain.py writes is what the table looks for."""
+    arguments = ["--methods", "muon", "--learning_rates", "1e-2", "--output_dir", str(tmp_path)]
+    arguments += ["--", *TINY, f"--train_files={text_file}", "--max_steps=1"]
+    learning_rates.main(arguments)
+    loss = json.loads((tmp_path / "muon" / "1e-2" / "metrics.json").read_text())["eval_loss"]
+    first = capsys.readouterr().out
+    assert f"| muon | **{loss:.4f}** |" in first
+    log = tmp_path / "muon" / "1e-2.log"
+    stamp = log.stat().st_mtime_ns
+    learning_rates.main(arguments)
+    assert capsys.readouterr().out == first
+    assert log.stat().st_mtime_ns == stamp
+
+
+# ---------------------------------------------------------------- two ranks
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("source", ["files", "stream"])
+def test_two_ranks(tmp_path, text_file, dataset_folder, source):
+    flags = {
+        "files": [f"--train_files={text_file}"],
+        "stream": [f"--dataset_name={dataset_folder}", "--streaming", "--validation_documents=20"],
+    }[source]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += [str(RECIPES / "pretrain.py"), *TINY, *flags, "--max_steps=4", "--global_batch_size=8"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    done = subprocess.run(
+        [*command, f"--output_dir={tmp_path / 'two'}", "--sample_tokens=3"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Validation loss") == done.stdout.count("Sample, from") == 1
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["tokens"] == 4 * 8 * 32
+
+    one = train(tmp_path / "one", *flags, "--max_steps=4", "--per_device_train_batch_size=8")
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
