@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from .diagnostics import FATAL_RUN
 from .methods import (
     all_names,
+    canonical_name,
     create_groups,
     optimizer_arguments,
     parse_options,
@@ -47,6 +50,9 @@ except ImportError as error:
 _MixedInto: Any = object  # whatever Trainer a user mixes it into
 
 logger = logging.getLogger(__name__)
+
+_MIXED_INTO: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar("mixed_into", default=None)
+"""The NonEuclidTrainerMixin that is making its optimizer, and the options it wants."""
 
 # ---------------------------------------------------------------- the loss
 
@@ -262,13 +268,18 @@ def _make_optimizer_arguments(
 
 def _handle(context: OptimizerContext) -> tuple[type[NonEuclideanDescent], dict[str, Any]]:
     """What the Trainer's registry calls. A class with ``params``: other libraries extend a factory's keys."""
-    name = _name(context.args.optim)
-    if context.model is None:
+    name, args, model = _name(context.args.optim), context.args, context.model
+    if model is None:
         raise ValueError(f"optim={name!r} needs the model, to tell its matrices from its vectors.")
-    # The method reads nothing of the Trainer it belongs to.
-    decay = Trainer.get_decay_parameter_names(None, context.model)
-    values = parse_options(context.optim_args)
-    return NonEuclideanDescent, _make_optimizer_arguments(name, context.args, context.model, decay, values)
+    mixed_into = _MIXED_INTO.get()
+    if mixed_into is None:
+        # The context does not hold the Trainer, but the method reads nothing of the one it belongs to.
+        decay = Trainer.get_decay_parameter_names(None, model)
+        values = parse_options(context.optim_args)
+    else:
+        trainer, values = mixed_into
+        decay = trainer.get_decay_parameter_names(model)
+    return NonEuclideanDescent, _make_optimizer_arguments(name, args, model, decay, values)
 
 
 def _refuse_unsupported_engine() -> None:
@@ -344,17 +355,32 @@ class NonEuclidTrainerMixin(_MixedInto):
         super().create_accelerator_and_postprocess()
         observe_accelerator(self.accelerator)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            model = self.model if model is None else model
-            decay = self.get_decay_parameter_names(model)
             method, values = self._method_and_options()
-            arguments = _make_optimizer_arguments(method, self.args, model, decay, values)
-            self.optimizer = NonEuclideanDescent(**arguments)
+            with self._asking_for(method, values):
+                super().create_optimizer(*args, **kwargs)
+            if find_optimizer(self.optimizer) is None:
+                raise RuntimeError(
+                    f"{type(self).__name__} trains with {method!r}, but a create_optimizer that it inherits "
+                    f"made {type(self.optimizer).__name__}. Pass optimizers=(hf_noneuclid.create_optimizer("
+                    "...), None)."
+                )
         optimizer: torch.optim.Optimizer = self.optimizer
         if (ours := find_optimizer(optimizer)) is not None:
             _FED_ALONE.add(ours)
         return optimizer
+
+    @contextmanager
+    def _asking_for(self, method: str, values: dict[str, Any]) -> Iterator[None]:
+        """By name, through the Trainer's own way: a subclass may have parameters of its own to add to it."""
+        asked, self.args.optim = self.args.optim, OptimizerNames(method)
+        token = _MIXED_INTO.set((self, values))
+        try:
+            yield
+        finally:
+            _MIXED_INTO.reset(token)
+            self.args.optim = asked
 
     def _method_and_options(self) -> tuple[str, dict[str, Any]]:
         asked, default = (_name(optim) for optim in (self.args.optim, _default_optim(self.args)))
@@ -366,7 +392,7 @@ class NonEuclidTrainerMixin(_MixedInto):
                 f"{type(self).__name__} trains with {self.method!r}, but optim={asked!r} was asked for. "
                 "Leave optim at its default, name one of our methods there, or use another Trainer."
             )
-        return self.method, {**self.method_options, **values}
+        return canonical_name(self.method), {**self.method_options, **values}
 
 
 def _name(optim: Any) -> str:

@@ -841,3 +841,44 @@ def test_a_trainer_that_divides_the_loss_twice_is_warned_of(arguments, caplog, m
     args = arguments(gradient_accumulation_steps=2)
     Trainer(gpt2(), args, train_dataset=sequences()).train()
     assert "transformers 5.5.4 divides most losses by the 2 accumulation steps twice" in caplog.text
+
+
+class WithParametersInTheLoss(Trainer):
+    """Adds parameters that the model does not have, as sentence-transformers does for its losses."""
+
+    head = nn.Linear(3, 3)
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        return super().get_optimizer_cls_and_kwargs(args, nn.ModuleList([self.model, self.head]))
+
+
+class MixedWithParametersInTheLoss(NonEuclidTrainerMixin, WithParametersInTheLoss):
+    method_options = {"beta2": 0.5}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("optim", ["muonmax_momo", None])
+def test_the_mixin_keeps_parameters_that_a_trainer_adds(arguments, optim):
+    args = arguments(**({"optim": optim} if optim else {"optim": TrainingArguments.default_optim}))
+    trainer = MixedWithParametersInTheLoss(gpt2(), args, train_dataset=sequences())
+    asked = trainer.args.optim
+    optimizer = find_optimizer(trainer.create_optimizer())
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in [*trainer.model.parameters(), *trainer.head.parameters()]} == stepped
+    assert optimizer.param_groups[0]["beta2"] == (0.95 if optim else 0.5)
+    assert trainer.args.optim is asked
+
+
+class MakesAdam(Trainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        return self.optimizer
+
+
+class MixedWithOneThatMakesAdam(NonEuclidTrainerMixin, MakesAdam):
+    pass
+
+
+def test_the_mixin_refuses_an_optimizer_that_it_did_not_ask_for(arguments):
+    trainer = MixedWithOneThatMakesAdam(gpt2(), arguments(), train_dataset=sequences())
+    with pytest.raises(RuntimeError, match=r"trains with 'muonmax_momo'.*made AdamW"):
+        trainer.create_optimizer()
