@@ -1,9 +1,19 @@
-"""Showing what the package logs."""
+"""What a training run is told of its optimizer, and showing it."""
 
 from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING, Any
+
+from .diagnostics import FATAL_RUN
+
+if TYPE_CHECKING:
+    from .optimizer import NonEuclideanDescent
+
+logger = logging.getLogger(__name__)
+
+_COUNTS = ("steps", "truncated_steps", "bad_steps")
 
 
 def show_log() -> None:
@@ -11,11 +21,75 @@ def show_log() -> None:
 
     The table of what is stepped as a matrix is logged at INFO, which few scripts show.
     """
-    logger = logging.getLogger("hf_noneuclid")
-    if os.environ.get("RANK", "0") != "0" or logger.handlers:
+    package = logging.getLogger("hf_noneuclid")
+    if os.environ.get("RANK", "0") != "0" or package.handlers:
         return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # the script may print the root logger's records as well
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False  # the script may print the root logger's records as well
+
+
+class StepLog:
+    """What the log of a Trainer says of its optimizer since it said so last.
+
+    Args:
+        optimizer: Of the Trainer; what it did before this log began is not reported.
+    """
+
+    def __init__(self, optimizer: NonEuclideanDescent) -> None:
+        self._optimizer = optimizer
+        before = optimizer.diagnostics()
+        self._before = {key: before.get(key, 0) for key in _COUNTS}
+        self._began = self._before["steps"]
+        self._warned_of_bound = False
+
+    def read(self, global_step: int) -> dict[str, float]:
+        """Metrics for the log; empty before the first step.
+
+        Raises:
+            RuntimeError: Ten steps in a row were bad.
+        """
+        now = self._optimizer.diagnostics()
+        if not now:
+            return {}
+        self._refuse_fatal(now, global_step)
+        since = {key: now[key] - self._before[key] for key in _COUNTS}
+        self._before = {key: now[key] for key in _COUNTS}
+        metrics = {"step_size": now["step_size"], "dual_norm": now["dual_norm"]}
+        if now["running_loss"] is not None:
+            metrics["truncation_rate"] = since["truncated_steps"] / max(1, since["steps"])
+            metrics["loss_lower_bound"] = now["loss_lower_bound"]
+            self._warn_of_low_loss(now)
+        if since["bad_steps"]:
+            logger.warning(
+                "%d of the last %d steps had a NaN or infinite loss or gradient and changed nothing.",
+                since["bad_steps"],
+                since["steps"],
+            )
+            metrics["bad_steps"] = since["bad_steps"]
+        return metrics
+
+    def _refuse_fatal(self, now: dict[str, Any], global_step: int) -> None:
+        first = now["first_fatal_step"]
+        if not first or first + FATAL_RUN - 1 <= self._began:
+            return
+        # The optimizer counts from its own start, the Trainer from that of the run.
+        raise RuntimeError(
+            "ten steps in a row had a NaN or infinite loss or gradient, the first of them step "
+            f"{first + global_step - now['steps']}; none of them changed a parameter. Look for the cause in "
+            "the data of that step, lower the learning rate, or train in a wider number format; the last "
+            "checkpoint is sound."
+        )
+
+    def _warn_of_low_loss(self, now: dict[str, Any]) -> None:
+        if now["loss"] < now["loss_lower_bound"] and not self._warned_of_bound:
+            self._warned_of_bound = True
+            logger.warning(
+                "the loss, %g, is below loss_lower_bound=%g: the bound is wrong for this loss, and Momo "
+                "takes steps that are too short, or none. Give a bound that holds, or use the method without "
+                "Momo.",
+                now["loss"],
+                now["loss_lower_bound"],
+            )
