@@ -193,6 +193,10 @@ def test_resuming_continues_the_same_trajectory(tmp_path, text_file):
     (tmp_path / "interrupted").mkdir()
     checkpoint.rename(tmp_path / "interrupted" / "checkpoint-3")
 
+    flags += [
+        "--seed=7",
+        "--data_seed=42",
+    ]  # other weights at the start: only the checkpoint's can end the same
     metrics = train(tmp_path / "interrupted", *flags, "--resume_from_checkpoint=true")
     assert metrics["resumed_from"].endswith("checkpoint-3")
     straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "interrupted")
@@ -212,6 +216,7 @@ def test_a_stream_resumes_where_it_was(tmp_path, dataset_folder):
     train(tmp_path / "straight", *flags)
     (tmp_path / "interrupted").mkdir()
     (tmp_path / "straight" / "checkpoint-2").rename(tmp_path / "interrupted" / "checkpoint-2")
+    flags += ["--seed=7", "--data_seed=42"]
     train(tmp_path / "interrupted", *flags, "--resume_from_checkpoint=true")
     straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "interrupted")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -285,12 +290,11 @@ def test_the_command_line_overrides_the_yaml_file_which_overrides_the_defaults(t
         "lr_scheduler_kwargs: {min_lr_ratio: 0.2}\nseed: null\noptim_args: momentum=0.9,beta2=0.8\n"
     )
     for flags in (["--config", str(path), "--max_steps", "9"], ["--max_steps", "9", "--config", str(path)]):
-        _, data_args, args = parsed(*flags, "--no_prediction_loss_only")
+        _, data_args, args = parsed(*flags)
         assert (args.learning_rate, args.max_steps, args.weight_decay) == (0.03, 9, 0.5)
         assert args.lr_scheduler_kwargs == {"min_lr_ratio": 0.2}
         assert args.optim_args == "momentum=0.9,beta2=0.8"
         assert data_args.streaming is True
-        assert args.prediction_loss_only is False
         assert args.max_grad_norm == 1.0
         assert args.seed == args.data_seed == 42
 
@@ -542,6 +546,19 @@ def test_a_run_that_is_done_is_not_repeated(tmp_path, text_file, capsys):
 # ---------------------------------------------------------------- two ranks
 
 
+def launch(command, environment):
+    """Run a launcher to its end; one that hangs is asked to end its workers, which outlive it when killed."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            pytest.fail(f"no end after 150 s:\n{process.communicate()[1]}", pytrace=False)
+    assert process.returncode == 0, err
+    return out, err
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("source", ["files", "stream"])
 def test_two_ranks(tmp_path, text_file, dataset_folder, source):
@@ -549,7 +566,7 @@ def test_two_ranks(tmp_path, text_file, dataset_folder, source):
         "files": [f"--train_files={text_file}"],
         "stream": [f"--dataset_name={dataset_folder}", "--streaming", "--validation_documents=20"],
     }[source]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(RECIPES / "pretrain.py"), *TINY, *flags, "--max_steps=4", "--global_batch_size=8"]
     environment = {
         **os.environ,
@@ -557,15 +574,8 @@ def test_two_ranks(tmp_path, text_file, dataset_folder, source):
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "hf"),
     }
-    done = subprocess.run(
-        [*command, f"--output_dir={tmp_path / 'two'}", "--sample_tokens=3"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Validation loss") == done.stdout.count("Sample, from") == 1
+    out, err = launch([*command, f"--output_dir={tmp_path / 'two'}", "--sample_tokens=3"], environment)
+    assert out.count("Validation loss") == out.count("Sample, from") == 1, err
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["tokens"] == 4 * 8 * 32
 

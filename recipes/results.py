@@ -1,0 +1,178 @@
+"""What a run leaves behind besides the model: metrics.json and curves.png."""
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from options import RecipeArguments
+from packing import Data
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, Trainer
+
+PACKAGES = ("hf_noneuclid", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+# Okabe and Ito's colours, told apart with any colour vision; the line styles do for print in grey.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+History = list[dict[str, Any]]
+
+
+def block_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of each block of a batch, all that the Trainer then keeps of the logits.
+
+    The Trainer's own evaluation loss is a mean over batches, the last filled up with earlier blocks:
+    its value depends on the number of devices.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    targets = labels[:, 1:]
+    return cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none").mean(dim=1)
+
+
+def summarise(evaluation: EvalPrediction) -> dict[str, float]:
+    """Return the mean loss in nats per token, and the perplexity, from the `block_losses`."""
+    loss = float(evaluation.predictions.mean(dtype="float64"))
+    return {"loss": loss, "perplexity": perplexity(loss)}
+
+
+def collect_metrics(trainer: Trainer, final_loss: float, data: Data) -> dict[str, Any]:
+    """Return the results of a run.
+
+    Args:
+        trainer: after training.
+        final_loss: mean loss over all of the validation part, in nats per token.
+        data: what it was trained and evaluated on.
+
+    Returns:
+        `eval_loss` and what follows from it are over all of the validation part, at the end. The losses along
+        the way are over the evenly spread blocks evaluated while training, so they may lie above or below.
+    """
+    validation = data.validation
+    history, steps = trainer.state.log_history, trainer.state.global_step
+    train_losses = series(history, "loss")[1]
+    along = [
+        (loss, step) for step, loss in zip(*series(history, "eval_loss"), strict=True) if math.isfinite(loss)
+    ]
+    best_loss, best_step = min(along, default=(None, None))
+    block_size = len(validation.dataset[0]["input_ids"])
+    return {
+        "eval_loss": final_loss,
+        "perplexity": perplexity(final_loss),
+        "bits_per_byte": final_loss / math.log(2) * validation.tokens / validation.utf8_bytes,
+        "eval_loss_along_the_way": along[-1][0] if along else None,
+        "best_eval_loss_along_the_way": best_loss,
+        "best_eval_step": best_step,
+        "train_loss": train_losses[-1] if train_losses else None,
+        "diverged": not math.isfinite(final_loss),
+        "steps": steps,
+        "tokens": steps * trainer.args.sequences_per_step * block_size,
+        "parameters": trainer.model.num_parameters(),
+        "corpus": {
+            "name": data.name,
+            "train_sha256": data.train.sha256,
+            "train_tokens": data.train.tokens,
+            "validation_sha256": validation.sha256,
+            "validation_tokens": validation.tokens,
+            "validation_blocks": len(validation.dataset),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+    }
+
+
+def series(history: History, key: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of one key of the Trainer's log history."""
+    rows = [entry for entry in history if key in entry]
+    return [row["step"] for row in rows], [float(row[key]) for row in rows]
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss, finite for any loss that is."""
+    return math.exp(min(loss, 700.0))
+
+
+def sample(folder: Path, prompt: str, args: RecipeArguments) -> str:
+    """Continue the prompt with the saved model, as a user would load it; the same text for the same seed."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).to(args.device)
+    torch.manual_seed(args.seed)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
+    room = model.config.get_text_config().max_position_embeddings - inputs["input_ids"].shape[1]
+    tokens = model.generate(
+        **inputs,
+        max_new_tokens=min(args.sample_tokens, room),
+        do_sample=True,
+        top_k=50,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(tokens[0])
+
+
+def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    """Write metrics as JSON, whole or not at all; a NaN or infinity becomes null, which JSON has."""
+    text = json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n"
+    _write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def plot_curves(path: Path, history: History) -> None:
+    """Draw losses, and learning rate with the step size where there is one, against the step.
+
+    Args:
+        path: PNG file, written whole or not at all.
+        history: the Trainer's log history.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.8, 2.6), layout="constrained")
+        losses, rates = figure.subplots(1, 2)
+        _draw(losses, history, {"loss": "training", "eval_loss": "evaluation"})
+        losses.set_ylabel("loss (nats per token)")
+        _draw(rates, history, {"learning_rate": "learning rate", "step_size": "step size τ"})
+        rates.set_ylabel("learning rate, step size")
+        if any(value > 0 for value in series(history, "learning_rate")[1]):
+            rates.set_yscale("log")
+        _write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=200))
+
+
+def _draw(axes: Axes, history: History, labels: dict[str, str]) -> None:
+    for (key, label), (colour, line) in zip(labels.items(), ((BLUE, "-"), (VERMILION, "--")), strict=True):
+        steps, values = series(history, key)
+        if steps:
+            marker = "o" if key == "eval_loss" else None
+            axes.plot(steps, values, line, color=colour, marker=marker, markersize=3, lw=1.2, label=label)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if axes.get_lines():
+        axes.legend()
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside the file and rename: whoever reads it never sees half of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp's files are the owner's alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
