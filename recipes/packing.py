@@ -92,14 +92,30 @@ def pack_lazily(documents: Documents, tokenizer: PreTrainedTokenizerBase, block_
     """
     if documents.column is None:
         return pack(documents, tokenizer, block_size)
-    streaming = isinstance(documents.rows, datasets.IterableDataset)
-    kind = datasets.IterableDataset if streaming else datasets.Dataset
     options = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
     if next(_blocks(**options), None) is None:
         raise InputError(f"the training text does not fill one block of --block_size {block_size}")
+    if isinstance(documents.rows, datasets.IterableDataset):
+        return Blocks(BlockStream(**options))
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=block_size)})
-    packed = kind.from_generator(_blocks, features=features, gen_kwargs=options)
-    return Blocks(packed if streaming else packed.with_format("numpy"))
+    packed = datasets.Dataset.from_generator(_blocks, features=features, gen_kwargs=options)
+    return Blocks(packed.with_format("numpy"))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStream(torch.utils.data.IterableDataset):
+    """Blocks of a stream; with several loader processes each of them packs shards of its own."""
+
+    documents: Documents
+    tokenizer: PreTrainedTokenizerBase
+    block_size: int
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return _blocks(self.documents, self.tokenizer, self.block_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle in another order from now on."""
+        self.documents.rows.set_epoch(epoch)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

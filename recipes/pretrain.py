@@ -130,7 +130,7 @@ def write_results(trainer: Trainer, data: Data, final: dict[str, float], facts: 
     metrics = collect_metrics(trainer, final["final_loss"], data)
     write_metrics(folder / "metrics.json", {**metrics, **facts})
     plot_curves(folder / "curves.png", trainer.state.log_history)
-    if args.sample_tokens > 0:
+    if args.sample_tokens > 0 and not metrics["diverged"]:
         prompt = args.prompt or data.tokenizer.decode(data.validation.dataset[0]["input_ids"][:8])
         print(f"\nSample, from {prompt!r} on:\n{sample(folder, prompt, args)}\n")
     print(f"Validation loss {final['final_loss']:.4f}, perplexity {final['final_perplexity']:.2f}: {folder}")

@@ -1,5 +1,6 @@
 """The output folder: one run, and no run's files without being asked."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
         raise InputError(f"--output_dir {folder} is a file")
     if wanted and args.overwrite_output_dir:
         raise InputError("--overwrite_output_dir would delete what --resume_from_checkpoint goes on from")
-    checkpoint = _resolve(folder, wanted) if wanted else None
+    checkpoint = _resolve(folder, wanted, args.max_steps) if wanted else None
     continued = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
     if run_files(folder) and not continued and not args.overwrite_output_dir:
         raise InputError(
@@ -42,15 +43,18 @@ def delete_run(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _resolve(folder: Path, wanted: str) -> Path:
+def _resolve(folder: Path, wanted: str, max_steps: int) -> Path:
     if wanted.lower() != "true":
         checkpoint = Path(wanted)
     elif folder.is_dir() and (last := get_last_checkpoint(str(folder))):
         checkpoint = Path(last)
     else:
         raise InputError(f"--resume_from_checkpoint true: {folder} holds no checkpoint")
-    if not (checkpoint / "trainer_state.json").is_file():
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint} is no checkpoint: it has no trainer_state.json"
-        )
+    named, state_file = f"--resume_from_checkpoint {checkpoint}", checkpoint / "trainer_state.json"
+    if not state_file.is_file():
+        raise InputError(f"{named} is no checkpoint: it has no trainer_state.json")
+    state = json.loads(state_file.read_text(encoding="utf-8"))
+    if state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"]):
+        # The Trainer would train one step more.
+        raise InputError(f"{named}: all of its {state['global_step']} steps are done")
     return checkpoint

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader, IterableDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
@@ -100,9 +101,30 @@ def test_lazy_packing_gives_the_same_blocks(tokenizer, streaming):
     rows = datasets.Dataset.from_dict({"body": DOCUMENTS})
     documents = corpus.Documents(rows.to_iterable_dataset() if streaming else rows, "body")
     lazy = packing.pack_lazily(documents, tokenizer, 3).dataset
-    assert isinstance(lazy, datasets.IterableDataset) == streaming
+    assert isinstance(lazy, IterableDataset) == streaming
     expected = packing.pack(corpus.Documents(DOCUMENTS), tokenizer, 3).dataset
     assert [list(row["input_ids"]) for row in lazy] == [list(row["input_ids"]) for row in expected]
+
+
+def test_a_stream_is_shuffled_anew_in_each_epoch(tokenizer):
+    rows = datasets.Dataset.from_dict({"text": [f"{i} king" for i in range(50)]}).to_iterable_dataset()
+    stream = packing.pack_lazily(
+        corpus.Documents(rows.shuffle(seed=0, buffer_size=50), "text"), tokenizer, 8
+    ).dataset
+    epochs = []
+    for epoch in (0, 1, 0):
+        stream.set_epoch(epoch)
+        epochs.append([row["input_ids"] for row in stream])
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_loader_processes_share_the_documents_of_a_stream(tokenizer):
+    rows = datasets.Dataset.from_dict({"text": [f"{i:02} king of the land" for i in range(20)]})
+    documents = corpus.Documents(rows.to_iterable_dataset(num_shards=2), "text")
+    stream = packing.pack_lazily(documents, tokenizer, 1).dataset
+    batches = DataLoader(stream, batch_size=1, num_workers=2, collate_fn=packing.collate)
+    seen = [batch["input_ids"].item() for batch in batches]
+    assert sorted(seen) == sorted(row["input_ids"][0] for row in stream)
 
 
 def test_long_documents_are_cut_at_line_ends_only(tokenizer, monkeypatch):
