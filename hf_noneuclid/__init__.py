@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .methods import METHODS, create_optimizer
 from .optimizer import NonEuclideanDescent
+from .options import one_group
 from .routing import route_parameters
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "NonEuclidTrainerMixin",
     "NonEuclideanDescent",
     "create_optimizer",
+    "one_group",
     "register",
     "route_parameters",
 ]

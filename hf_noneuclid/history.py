@@ -7,16 +7,17 @@ tensor that stands in the state of each.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layouts.plan import Piece
+from .layouts.pieces import Piece
 from .norms import ADAPTIVE_NORMS
 
 State = MutableMapping[Tensor, dict[str, Any]]
+Places = dict[Piece, slice]
 
 UNSET = -1.0
 """A stale nuclear norm that has not been measured yet."""
@@ -28,6 +29,9 @@ class History:
     Parameters that have seen the same number of steps form a *cohort*. Without Momo, a parameter that joins
     later starts from its own first gradient; with Momo it joins the cohort that is there, as if its
     gradient had been zero, because the running loss has been averaged without it.
+
+    Where many parameters lie in one flat partition, its momentum is as long as it is, and its second moment
+    and stale norms hold those of its parameters that have any, one after another.
     """
 
     def __init__(
@@ -42,14 +46,20 @@ class History:
     ) -> None:
         self._state = state
         self._pieces = tuple(pieces)
-        known = [state[piece.param] for piece in pieces if piece.param in state]
+        self._second = _places((x for x in pieces if x.norm in ADAPTIVE_NORMS), lambda piece: piece.size)
+        self._nuclear = _places((x for x in pieces if x.stack), lambda piece: piece.units)
+        known = [state[piece.tensor] for piece in pieces if piece.tensor in state]
         shared = known[0] if known and momo else {}
         step = shared.get("step", torch.zeros((), dtype=dtype, device=device))
         for piece in pieces:
-            if piece.param not in state:
-                state[piece.param] = {**_allocate(piece), "step": step}
-            if stale and piece.stack and "nuclear_norm" not in state[piece.param]:
-                state[piece.param]["nuclear_norm"] = _unset(piece)
+            if piece.tensor not in state:
+                state[piece.tensor] = {"momentum": _zeros_like(piece.tensor), "step": step}
+            its = state[piece.tensor]
+            if piece in self._second and "second_moment" not in its:
+                its["second_moment"] = self._allocate_second_moment(piece)
+            if stale and piece in self._nuclear and "nuclear_norm" not in its:
+                length = _length(piece, self._nuclear)
+                its["nuclear_norm"] = torch.full((length,), UNSET, dtype=dtype, device=device)
         if momo:
             self._share(
                 "running_loss",
@@ -58,44 +68,69 @@ class History:
             )
         self._cohorts = self._by_step() if known and not momo else [self._pieces]
 
+    def _allocate_second_moment(self, piece: Piece) -> Tensor:
+        if piece.holding.flat is None:
+            return _zeros_like(piece.tensor)
+        return _zeros_like(piece.tensor[: _length(piece, self._second)])
+
     def _by_step(self) -> list[tuple[Piece, ...]]:
         cohorts: dict[int, tuple[Piece, ...]] = {}
         for piece in self._pieces:
-            step = int(self._state[piece.param]["step"])
+            step = int(self._state[piece.tensor]["step"])
             cohorts[step] = (*cohorts.get(step, ()), piece)
         return list(cohorts.values())
 
     @property
     def running_loss(self) -> Tensor:
         """f̄, 0-d."""
-        running: Tensor = self._state[self._pieces[0].param]["running_loss"]
+        running: Tensor = self._state[self._pieces[0].tensor]["running_loss"]
         return running
 
+    def dtype(self, piece: Piece) -> torch.dtype:
+        """Of the momentum."""
+        momentum: Tensor = self._state[piece.tensor]["momentum"]
+        return momentum.dtype
+
     def momenta(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        return [self._state[piece.param]["momentum"] for piece in pieces]
+        """m, this rank's part."""
+        return [piece.holding.part(self._state[piece.tensor]["momentum"]) for piece in pieces]
 
     def second_moments(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """v of the pieces that keep one."""
-        return [self._state[piece.param]["second_moment"] for piece in pieces if piece.norm in ADAPTIVE_NORMS]
+        """v of the pieces that keep one, this rank's part."""
+        return [self._second_moment(piece) for piece in pieces if piece in self._second]
+
+    def _second_moment(self, piece: Piece) -> Tensor:
+        v: Tensor = self._state[piece.tensor]["second_moment"]
+        return piece.holding.part(v) if piece.holding.flat is None else v[self._second[piece]]
 
     def stale_norms(self, pieces: Sequence[Piece]) -> Tensor:
-        return torch.cat([self._state[piece.param]["nuclear_norm"] for piece in pieces])
+        """Of shape (units,)."""
+        return torch.cat([self._stale(piece) for piece in pieces])
+
+    def _stale(self, piece: Piece) -> Tensor:
+        norms: Tensor = self._state[piece.tensor]["nuclear_norm"]
+        return norms[self._nuclear[piece]]
 
     def keep_norms(self, pieces: Sequence[Piece], norms: Tensor, ok: Tensor) -> None:
         """Keeps nuclear norms, of shape (units,), for the next step."""
-        for piece, norm in zip(pieces, torch.split(norms, [piece.units for piece in pieces]), strict=True):
-            stale = self._state[piece.param]["nuclear_norm"]
-            stale.copy_(torch.where(ok.to(stale.device), norm, stale))
+        stale = [self._stale(piece) for piece in pieces]
+        kept = torch.where(ok, norms, torch.cat(stale))
+        torch._foreach_copy_(stale, torch.split(kept, [piece.units for piece in pieces]))
 
     def accumulate(self, grads: Sequence[Tensor], ok: Tensor, *, momentum: float, beta2: float) -> None:
-        """m and v take in the gradients, the first ones wholly; nothing changes where ok is False."""
-        grad_of = dict(zip((piece.param for piece in self._pieces), grads, strict=True))
-        for cohort in self._cohorts:
-            step = self._step(cohort)
+        """m and v take in the gradients, the first ones wholly; nothing changes where ok is False.
+
+        The gradients are those of the pieces of which this rank holds anything.
+        """
+        here = [piece for piece in self._pieces if piece.size]
+        grad_of = dict(zip(here, grads, strict=True))
+        for everywhere in self._cohorts:
+            step = self._step(everywhere)
+            cohort = [piece for piece in everywhere if piece.size]
             m, v = self.momenta(cohort), self.second_moments(cohort)
             # A bad gradient is replaced by m before its weight 0 meets it: 0 times NaN is NaN.
             g = [
-                torch.where(ok.to(x.device), grad_of[piece.param], x).to(x.dtype)
+                torch.where(ok.to(x.device), grad_of[piece], x).to(x.dtype)
                 for piece, x in zip(cohort, m, strict=True)
             ]
             adaptive = [x for piece, x in zip(cohort, g, strict=True) if piece.norm in ADAPTIVE_NORMS]
@@ -115,27 +150,35 @@ class History:
             self._share("step", cohort, self._step(cohort).add_(ok))
 
     def _step(self, cohort: Sequence[Piece]) -> Tensor:
-        step: Tensor = self._state[cohort[0].param]["step"]
+        step: Tensor = self._state[cohort[0].tensor]["step"]
         return step
 
     def _share(self, key: str, pieces: Sequence[Piece], value: Tensor) -> None:
         for piece in pieces:
-            self._state[piece.param][key] = value
+            self._state[piece.tensor][key] = value
 
 
-def _allocate(piece: Piece) -> dict[str, Any]:
-    """Float32 at least: a bfloat16 average stands still at 0.95 of its way."""
-    param = piece.param
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    state = {"momentum": torch.zeros_like(param, dtype=dtype)}
-    if piece.norm in ADAPTIVE_NORMS:
-        state["second_moment"] = torch.zeros_like(param, dtype=dtype)
-    return state
+def _places(pieces: Iterable[Piece], length: Callable[[Piece], int]) -> Places:
+    """Where each piece stands in the state of its tensor, which other pieces may share."""
+    ends: dict[Tensor, int] = {}
+    places: Places = {}
+    for piece in pieces:
+        start = ends.get(piece.tensor, 0)
+        places[piece] = slice(start, start + length(piece))
+        ends[piece.tensor] = places[piece].stop
+    return places
 
 
-def _unset(piece: Piece) -> Tensor:
-    dtype = torch.float64 if piece.param.dtype == torch.float64 else torch.float32
-    return torch.full((piece.units,), UNSET, dtype=dtype, device=piece.param.device)
+def _length(piece: Piece, places: Places) -> int:
+    """How long that state is."""
+    ends: list[int] = [place.stop for other, place in places.items() if other.tensor is piece.tensor]
+    return max(ends)
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    """In float32 at least: a bfloat16 average stands still at 0.95 of its way."""
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(tensor, dtype=dtype)
 
 
 def _weight(step: Tensor, beta: float, ok: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .polar import PolarMethod, polar_factor
+from .polar import PolarMethod, compute_dtype, polar_factor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -122,6 +122,10 @@ class Spectral:
     def direction(self, m: Tensor) -> Tensor:
         """The polar factors, of the shape of m, in the dtype that ``polar_factor`` computes in."""
         return polar_factor(m, method=self.polar_method, steps=self.polar_steps)
+
+    def dtype(self, momentum: torch.dtype, device: torch.device) -> torch.dtype:
+        """The dtype of the directions."""
+        return momentum if self.polar_method == "svd" else compute_dtype(momentum, device)
 
     def dual(self, m: Tensor, direction: Tensor) -> Tensor:
         """The nuclear norms ⟨m, polar(m)⟩, of shape (matrices,)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ from .diagnostics import StepCounter, StepRecord
 from .geometry import Geometry
 from .history import History
 from .layouts import bind
-from .layouts.plan import Batch, Plan, make_pieces, make_plan
+from .layouts.pieces import make_pieces
+from .layouts.plan import Batch, Plan, make_plan
 from .momo import Descent, model_value, truncated_step_size
 from .polar import PolarMethod
 from .product_norms import ProductNormName, product_norm
@@ -120,6 +123,7 @@ class NonEuclideanDescent(Optimizer):
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key in options.OPTIMIZER_OPTIONS}
         options.check(defaults)
+        self._given: list[list[weakref.ref[Tensor]]] = []  # engines replace what stands in the groups
         self._reset()
         super().__init__(params, {**defaults, "lr_scale": 1.0, "flatten": False})
 
@@ -135,6 +139,8 @@ class NonEuclideanDescent(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if not hasattr(self, "_given"):  # a copy, or unpickled
+            self._given = [_references(group) for group in self.param_groups]
         self._reset()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -142,6 +148,7 @@ class NonEuclideanDescent(Optimizer):
         options.check_group(param_group, self.defaults, len(self.param_groups))
         super().add_param_group(param_group)
         options.check_parameters(self.param_groups[-1])
+        self._given.append(_references(self.param_groups[-1]))
 
     # ---------------------------------------------------------------- the loss
 
@@ -218,19 +225,17 @@ class NonEuclideanDescent(Optimizer):
 
     def _check(self, plan: Plan, loss: Loss | None, must_move: bool) -> Checked:
         """Phase 0: f, Σ⟨p, g⟩ and every gradient finite? Nothing is written before this is known."""
-        grads = [piece.gradient() for piece in plan.pieces]
-        largest = plan.stack(torch._foreach_norm(grads, torch.inf))
-        ok = (largest <= plan.gradient_limits).all()
+        ranks, momo = plan.ranks, self._option("momo")
+        grads = [piece.gradient() for piece in plan.here]
+        largest = plan.stack(torch._foreach_norm(grads, torch.inf) if grads else ())
+        bad = (largest <= plan.gradient_limits).logical_not().sum().to(plan.dtype)
+        inner = ranks.once(plan.inner(grads)) if momo else plan.scalar(0.0)
+        share = plan.scalar(0.0 if loss is None else loss) / ranks.count
+        bad, any_gradient, inner, mean_loss = ranks.sum(torch.stack([bad, largest.sum(), inner, share]))
+        ok = (bad == 0) & inner.isfinite() & mean_loss.isfinite()
         if must_move:
-            ok = ok & (largest > 0).any()
-        mean_loss = inner = None
-        if loss is not None:
-            mean_loss = self._layout.mean_loss(plan.scalar(loss))
-            ok = ok & mean_loss.isfinite()
-        if self._option("momo"):
-            inner = plan.inner(grads)
-            ok = ok & inner.isfinite()
-        return Checked(ok, grads, mean_loss, inner)
+            ok = ok & (any_gradient > 0)
+        return Checked(ok, grads, None if loss is None else mean_loss, inner if momo else None)
 
     def _accumulate(self, checked: Checked) -> None:
         """Phase 1: m and v from g, f̄ from f - Σ⟨p, g⟩."""
@@ -242,14 +247,18 @@ class NonEuclideanDescent(Optimizer):
 
     def _measure(self, plan: Plan) -> Measured:
         """Phase 2: the dual norms d, and Σ⟨p, m⟩."""
-        duals = {batch: self._geometry.dual(batch) for batch in plan.batches}
-        inner = plan.inner(self._history.momenta(plan.pieces)) if self._option("momo") else None
-        return Measured(duals, inner)
+        momo, partials = self._option("momo"), [self._geometry.partial(batch) for batch in plan.batches]
+        inner = plan.inner(self._history.momenta(plan.here)) if momo else plan.scalar(0.0)
+        summed = plan.ranks.sum(torch.cat([*partials, plan.ranks.once(inner).reshape(1)]))
+        sizes = [batch.units for batch in plan.batches]
+        by_batch = zip(plan.batches, torch.split(summed[:-1], sizes), strict=True)
+        duals = {batch: self._geometry.dual(batch, partial) for batch, partial in by_batch}
+        return Measured(duals, summed[-1] if momo else None)
 
     def _decide(self, plan: Plan, lr: float, checked: Checked, measured: Measured) -> Decided:
         """Phase 3: D, the shares c and τ."""
         descent: Descent = self._option("descent")
-        d = plan.over_units(measured.duals, plan.batches) * plan.scales
+        d = torch.cat([measured.duals[batch] for batch in plan.batches]) * plan.scales
         n = plan.matrix_units
         product = product_norm(self._option("product_norm")).compose(d[:n], d[n:])
         eta = plan.scalar(lr)
@@ -266,10 +275,13 @@ class NonEuclideanDescent(Optimizer):
     def _apply(self, plan: Plan, decided: Decided, measured: Measured) -> None:
         """Phase 4: p ← (1 - ηλ) p + coefficient u."""
         coefficients = torch.split(decided.coefficients, [batch.units for batch in plan.batches])
+        norms = []
         for batch, coefficient in zip(plan.batches, coefficients, strict=True):
-            directions = self._geometry.directions(batch, measured.duals[batch], decided.ok)
+            directions, nuclear = self._geometry.directions(batch, measured.duals[batch])
             batch.move(directions, coefficient, decided.decay_rate)
-        self._geometry.end_step()
+            if nuclear is not None:
+                norms.append((batch, nuclear))
+        self._geometry.end_step(norms, decided.ok)
 
     # ---------------------------------------------------------------- what the phases use
 
@@ -288,17 +300,20 @@ class NonEuclideanDescent(Optimizer):
         return self._plan
 
     def _new_plan(self) -> Plan:
-        pieces = make_pieces(self.param_groups, self._option("descent"))
-        pieces = [x for x in pieces if x.param.numel() and (x.param.requires_grad or x.param in self.state)]
+        groups, momo = self.param_groups, self._option("momo")
+        given = [[reference() for reference in references] for references in self._given]
+        names = [options.parameter_names(group, i, len(given[i])) for i, group in enumerate(groups)]
+        ranks, holdings = bind([group["params"] for group in groups], given, names)
+        pieces = make_pieces(groups, names, holdings, self._option("descent"))
+        pieces = [x for x in pieces if prod(x.holding.shape) and (x.moves or x.tensor in self.state)]
         if not pieces:
             raise RuntimeError("no parameter of the optimizer requires a gradient: there is nothing to step.")
-        self._layout = bind([piece.param for piece in pieces], [piece.name for piece in pieces])
-        plan = make_plan(pieces)
-        momo, stale = self._option("momo"), self._option("nuclear_norm") == "stale"
+        plan = make_plan(pieces, ranks, self._option("polar_steps"))
+        stale = self._option("nuclear_norm") == "stale"
         self._history = History(
             self.state, pieces, momo=momo, stale=stale, dtype=plan.dtype, device=plan.device
         )
-        self._geometry = Geometry(self._history, self.param_groups[0])
+        self._geometry = Geometry(plan, self._history, groups[0])
         return plan
 
     # ---------------------------------------------------------------- what the user sees
@@ -318,7 +333,7 @@ class NonEuclideanDescent(Optimizer):
             loss=checked.loss,
             running_loss=self._history.running_loss.clone() if checked.inner is not None else None,
             lower_bound=self._option("loss_lower_bound"),
-            nuclear_norms=plan.over_units(measured.duals, plan.matrices),
+            nuclear_norms=torch.cat([plan.scales[:0], *(measured.duals[batch] for batch in plan.matrices)]),
             matrix_names=plan.matrix_names(),
         )
 
@@ -370,3 +385,8 @@ class NonEuclideanDescent(Optimizer):
         for i, param in zip(saved_ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 self.state[param][key] = value.detach().to(param.device, copy=True)
+
+
+def _references(group: dict[str, Any]) -> list[weakref.ref[Tensor]]:
+    """To the parameters of a group. They keep nothing alive: FSDP2 lets go of the ones that it replaces."""
+    return [weakref.ref(param) for param in group["params"]]

@@ -126,7 +126,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: A parameter is complex, or a list of options does not fit the number of parameters.
     """
-    for name, param in zip(parameter_names(group, 0), group["params"], strict=True):
+    for name, param in zip(parameter_names(group, 0, len(group["params"])), group["params"], strict=True):
         if not param.is_floating_point():
             raise ValueError(
                 f"{name} has dtype {param.dtype}; only real floating-point parameters have a norm here."
@@ -139,16 +139,32 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             )
 
 
-def parameter_names(group: Mapping[str, Any], index: int) -> list[str]:
-    """The names of a group's parameters, made up where the caller gave none."""
+def parameter_names(group: Mapping[str, Any], index: int, count: int) -> list[str]:
+    """The names of the ``count`` parameters of a group, made up where the caller gave none."""
     names = group.get("param_names")
-    return list(names) if names else [f"group{index}.param{i}" for i in range(len(group["params"]))]
+    return list(names) if names else [f"group{index}.param{i}" for i in range(count)]
 
 
-def per_parameter(group: Mapping[str, Any], option: str) -> list[Any]:
-    """An option's value for each parameter of a group."""
+def per_parameter(group: Mapping[str, Any], option: str, count: int) -> list[Any]:
+    """An option's value for each of the ``count`` parameters of a group."""
     value = group[option]
-    return list(value) if isinstance(value, (list, tuple)) else [value] * len(group["params"])
+    return list(value) if isinstance(value, (list, tuple)) else [value] * count
+
+
+def one_group(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of named parameters as a single one, in which lists hold what differs between parameters.
+
+    DeepSpeed steps group by group, but a step depends on all parameters.
+    """
+    merged: dict[str, Any] = {"params": [pair for group in groups for pair in group["params"]]}
+    defaults = {"lr_scale": 1.0, "flatten": False}
+    for option in sorted({key for group in groups for key in group} - {"params"}):
+        merged[option] = [
+            value
+            for group in groups
+            for value in per_parameter({**defaults, **group}, option, len(group["params"]))
+        ]
+    return [merged]
 
 
 def common_lr(groups: Sequence[Mapping[str, Any]]) -> float:

@@ -75,7 +75,7 @@ def polar_factor(
     """
     if m.shape[-2] > m.shape[-1]:
         return polar_factor(m.mT, method=method, steps=steps, dtype=dtype).mT
-    dtype = dtype or _compute_dtype(m)
+    dtype = dtype or compute_dtype(m.dtype, m.device)
     x = _normalise(m)
     if m.shape[-2] == 1:
         return x.to(dtype)
@@ -84,11 +84,12 @@ def polar_factor(
     return _iterate(x.to(dtype), _coefficients(method, steps, dtype))
 
 
-def _compute_dtype(m: Tensor) -> torch.dtype:
-    if m.dtype == torch.float64:
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the polar factors of matrices of a dtype are computed in, if nothing else is said."""
+    if dtype == torch.float64:
         return torch.float64
     # CPUs with fast bfloat16 products are few, and the smallest singular values would suffer.
-    return torch.bfloat16 if m.is_cuda else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _normalise(m: Tensor) -> Tensor:

@@ -30,17 +30,19 @@ from .methods import (
     resolve,
 )
 from .optimizer import NonEuclideanDescent
+from .options import one_group
 
 try:
     import transformers
     import transformers.trainer as hf_trainer
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
     from packaging.version import Version
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
     from transformers.training_args import OptimizerNames
+
+    from .engine import check_engine, check_innermost, steps_group_by_group
 except ImportError as error:
     raise ImportError(
         f"hf_noneuclid needs transformers >= 5.3 and accelerate for the Trainer ({error}). "
@@ -154,8 +156,14 @@ class NonEuclidCallback(TrainerCallback):
     def __init__(self) -> None:
         self._log: StepLog | None = None
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if _name(args.optim) in all_names():
+            check_engine()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = find_optimizer(kwargs.get("optimizer"))
+        if _name(args.optim) in all_names():
+            check_innermost(kwargs.get("optimizer"), optimizer, _name(args.optim))
         self._log = None if optimizer is None else StepLog(optimizer)
         if optimizer is not None:
             _warn_of_double_division(args)
@@ -185,7 +193,7 @@ def _make_optimizer_arguments(
     method: str, args: Any, model: nn.Module, decay_parameters: list[str], values: dict[str, Any]
 ) -> dict[str, Any]:
     """The keyword arguments of NonEuclideanDescent, ``params`` included, for a Trainer."""
-    _refuse_unsupported_engine()
+    check_engine()
     settings, tuning = resolve(method, **values)
     scale = {key: tuning[key] for key in ("matrix_lr_scale",) if key in tuning}
     groups = create_groups(
@@ -196,6 +204,7 @@ def _make_optimizer_arguments(
         target_modules=args.optim_target_modules,
         **scale,
     )
+    groups = one_group(groups) if steps_group_by_group() else groups
     return {"params": groups, "lr": args.learning_rate, **optimizer_arguments(settings, tuning)}
 
 
@@ -213,24 +222,6 @@ def _handle(context: OptimizerContext) -> tuple[type[NonEuclideanDescent], dict[
         trainer, values = mixed_into
         decay = trainer.get_decay_parameter_names(model)
     return NonEuclideanDescent, _make_optimizer_arguments(name, args, model, decay, values)
-
-
-def _refuse_unsupported_engine() -> None:
-    if not AcceleratorState._shared_state:
-        return
-    state = AcceleratorState()
-    if state.distributed_type == DistributedType.FSDP:
-        version = getattr(state.fsdp_plugin, "fsdp_version", 1)
-        if version == 1:
-            raise RuntimeError(
-                "FSDP version 1 flattens parameters, and a flat piece is no matrix any more. Use FSDP2 "
-                "(fsdp_version: 2) once it is supported here; now one device or DDP."
-            )
-        raise RuntimeError("FSDP2 is not supported yet; train on one device or with DDP.")
-    if state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise RuntimeError(
-            f"{state.distributed_type.value} is not supported yet; train on one device or with DDP."
-        )
 
 
 def register() -> None:
@@ -286,6 +277,7 @@ class NonEuclidTrainerMixin(_MixedInto):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        check_engine()
         observe_accelerator(self.accelerator)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

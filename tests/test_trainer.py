@@ -677,9 +677,8 @@ def test_fsdp_version_1_is_refused_and_version_2_named(arguments, trainer_class,
     assert args.device.type == "cpu"
     # Without this the state takes a CPU for no place where FSDP could run.
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = trainer_class(gpt2(), args, train_dataset=sequences())
     with pytest.raises(RuntimeError, match=r"FSDP version 1 .*FSDP2"):
-        trainer.create_optimizer()
+        trainer_class(gpt2(), args, train_dataset=sequences())
 
 
 # ---------------------------------------------------------------- bad steps

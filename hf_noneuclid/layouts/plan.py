@@ -1,86 +1,52 @@
-"""The plan of a step: which parameter is what, and which are worked on as one batch.
+"""The plan of a step: which parameter is what, what is worked on as one batch, and who owns which matrix.
 
 It is made when the first step is taken and made anew when parameters are added, frozen or replaced; every
 other step only executes it. A *unit* is one vector parameter or one matrix (a stack of n expert matrices is
-n units). Tensors over units hold all matrices first, then all vectors, in the order of the batches.
+n units). Tensors over units hold all matrices first, then all vectors, in the order of the batches; they are
+the same on every rank, however little of a unit a rank holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..norms import ADAPTIVE_NORMS, Tensors, dot
-from ..options import PARAMETER_OPTIONS, check_gradient, parameter_names, per_parameter
+from .exchange import Block, Exchange, Run, make_blocks, overlap
+from .ownership import assign, home, polar_flops
+from .pieces import Piece
+from .ranks import Place, Ranks
 
-# The matrices of a batch are copied together for their polar factors; this bounds the copy.
+# The matrices of a batch are copied together for their polar factors; this bounds the copy on each rank.
 _BATCH_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """One parameter and its options."""
+class Alike(NamedTuple):
+    """Blocks of one shape or its transpose, whose polar factors are computed together."""
 
-    param: Tensor
-    name: str
-    norm: str
-    weight_decay: float
-    scale: float
-    """s: the norm is divided by it, the dual norm and the direction multiplied."""
-    stack: tuple[int, int, int] | None
-    """(matrices, rows, columns) if the norm is spectral."""
-
-    def as_stack(self, x: Tensor) -> Tensor:
-        """x, of the parameter's shape, as its matrices with the wide side last."""
-        x = x.reshape(self.stack or ())
-        return x.mT if self._is_tall else x
-
-    def from_stack(self, x: Tensor) -> Tensor:
-        """The inverse of ``as_stack``."""
-        return (x.mT if self._is_tall else x).reshape(self.param.shape)
-
-    def gradient(self) -> Tensor:
-        """p.grad; a missing one counts as zero, as it is on engines that cannot tell the two apart."""
-        grad = self.param.grad if self.param.requires_grad else None
-        if grad is None:
-            return torch.zeros_like(self.param)
-        check_gradient(grad, self.name)
-        return grad
-
-    @property
-    def _is_tall(self) -> bool:
-        return self.stack is not None and self.stack[1] > self.stack[2]
-
-    @property
-    def units(self) -> int:
-        return self.stack[0] if self.stack else 1
-
-    def unit_names(self) -> list[str]:
-        return [self.name] if self.units == 1 else [f"{self.name}[{i}]" for i in range(self.units)]
+    blocks: list[Block]
+    units: Tensor
+    """Their matrices' indices in the batch."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Pieces worked on together: one norm, decay, dtype and device, and for matrices one shape."""
+    """Pieces worked on together: one norm, decay, dtype and device."""
 
     pieces: tuple[Piece, ...]
+    exchange: Exchange | None = None
+    """Of matrices."""
 
     @property
     def norm(self) -> str:
         return self.pieces[0].norm
-
-    @property
-    def is_spectral(self) -> bool:
-        return self.norm == "spectral"
-
-    @property
-    def weight_decay(self) -> float:
-        return self.pieces[0].weight_decay
 
     @property
     def counts(self) -> list[int]:
@@ -90,24 +56,36 @@ class Batch:
     def units(self) -> int:
         return sum(self.counts)
 
+    @cached_property
+    def here(self) -> tuple[Piece, ...]:
+        """The pieces of which this rank holds anything."""
+        return tuple(piece for piece in self.pieces if piece.size)
+
+    alike: tuple[Alike, ...] = ()
+    """The matrices that this rank owns."""
+
     def move(self, directions: Tensors, coefficients: Tensor, decay_rate: Tensor) -> None:
-        """p ← (1 - ηλ) p + coefficient u, rounded once to the dtype of p; coefficients are (units,)."""
-        params = [piece.param for piece in self.pieces]
-        wide = [widened(param) for param in params]
-        if self.weight_decay:
-            torch._foreach_mul_(wide, (1 - decay_rate * self.weight_decay).to(params[0].device))
-        parts = [
-            c.reshape(()) if piece.units == 1 else c.reshape(-1, 1, 1)
-            for piece, c in zip(
-                self.pieces, torch.split(coefficients.to(params[0].device), self.counts), strict=True
-            )
-        ]
-        torch._foreach_addcmul_(wide, list(directions), parts)
+        """p ← (1 - ηλ) p + coefficient u, rounded once to the dtype of p.
+
+        Args:
+            directions: Of the pieces ``here``.
+            coefficients: Of shape (units,).
+            decay_rate: η, 0-d.
+        """
+        if not self.here:
+            return
+        params = [piece.value for piece in self.here]
+        wide, device = [widened(param) for param in params], params[0].device
+        if decay := self.pieces[0].weight_decay:
+            torch._foreach_mul_(wide, (1 - decay_rate * decay).to(device))
+        by_piece = zip(self.pieces, torch.split(coefficients.to(device), self.counts), strict=True)
+        parts = [piece.spread(c) for piece, c in by_piece if piece.size]
+        torch._foreach_addcmul_(wide, [u.to(device) for u in directions], parts)
         if wide[0] is not params[0]:
             torch._foreach_copy_(params, wide)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What one step does, for all parameters of the optimizer.
 
@@ -118,10 +96,11 @@ class Plan:
     pieces: tuple[Piece, ...]
     matrices: tuple[Batch, ...]
     vectors: tuple[Batch, ...]
+    ranks: Ranks
     scales: Tensor
     """s of every unit, of shape (units,)."""
     gradient_limits: Tensor
-    """The largest finite gradient entry of every piece, of shape (pieces,)."""
+    """The largest finite gradient entry of every piece ``here``, of shape (pieces here,)."""
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +117,11 @@ class Plan:
         """In the order of the units."""
         return (*self.matrices, *self.vectors)
 
+    @cached_property
+    def here(self) -> tuple[Piece, ...]:
+        """The pieces of which this rank holds anything."""
+        return tuple(piece for piece in self.pieces if piece.size)
+
     @property
     def matrix_units(self) -> int:
         return sum(batch.units for batch in self.matrices)
@@ -153,17 +137,15 @@ class Plan:
 
     def stack(self, scalars: Iterable[Tensor]) -> Tensor:
         """0-d tensors as one of shape (n,)."""
-        return torch.stack([x.to(self.device, self.dtype) for x in scalars])
-
-    def over_units(self, by_batch: Mapping[Batch, Tensor], batches: Sequence[Batch]) -> Tensor:
-        """Tensors of shape (units of the batch,) as one of shape (units,)."""
-        parts = [by_batch[batch].to(self.device, self.dtype) for batch in batches]
-        return torch.cat(parts) if parts else self.scales[:0]
+        scalars = list(scalars)
+        if not scalars:
+            return self.scales[:0]
+        return torch.stack([x.to(scalars[0].device, self.dtype) for x in scalars]).to(self.device)
 
     def inner(self, others: Sequence[Tensor]) -> Tensor:
-        """Σ⟨p, x⟩ over all pieces, accumulated in float32 at least."""
-        pairs = zip(self.pieces, others, strict=True)
-        return self.stack(dot(widened(piece.param), widened(x)) for piece, x in pairs).sum()
+        """Σ⟨p, x⟩ over the pieces here, accumulated in float32 at least."""
+        pairs = zip(self.here, others, strict=True)
+        return self.stack(dot(widened(piece.value), widened(x)) for piece, x in pairs).sum()
 
 
 def widened(x: Tensor) -> Tensor:
@@ -171,78 +153,144 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def make_pieces(groups: Sequence[Mapping[str, Any]], descent: str) -> list[Piece]:
-    """The parameters of the optimizer's groups, each with its own options."""
-    pieces = []
-    for i, group in enumerate(groups):
-        names = parameter_names(group, i)
-        columns = zip(*(per_parameter(group, option) for option in PARAMETER_OPTIONS), strict=True)
-        for param, name, values in zip(group["params"], names, columns, strict=True):
-            pieces.append(_piece(param, name, dict(zip(PARAMETER_OPTIONS, values, strict=True)), descent))
-    return pieces
-
-
-def _piece(param: Tensor, name: str, row: Mapping[str, Any], descent: str) -> Piece:
-    is_matrix = row["norm"] == "spectral"
-    # lr_scale multiplies the step, which s enters once when constrained (u) and twice when not (D u).
-    scale = row["lr_scale"] if descent == "constrained" else row["lr_scale"] ** 0.5
-    return Piece(
-        param=param,
-        name=name,
-        norm=row["norm"],
-        weight_decay=row["weight_decay"],
-        scale=scale * (row["spectral_scale"] if is_matrix else 1.0),
-        stack=_matrix_stack(param.shape, row["flatten"], name) if is_matrix else None,
-    )
-
-
-def _matrix_stack(shape: Sequence[int], flatten: bool, name: str) -> tuple[int, int, int]:
-    if len(shape) < 2:
-        raise ValueError(
-            f"{name} has shape {tuple(shape)} and is in a group with norm 'spectral', which is for matrices. "
-            "Put it into a group with norm 'ada_l2', 'ada_linf' or 'linf'."
-        )
-    if flatten or len(shape) != 3:
-        return (1, shape[0], prod(shape[1:]))
-    return (shape[0], shape[1], shape[2])
-
-
-def make_plan(pieces: Sequence[Piece]) -> Plan:
-    """Batches the pieces that move; scalars live where the first piece lives."""
-    moving = [piece for piece in pieces if piece.param.requires_grad]
-    matrices = [batch for group in _grouped(x for x in moving if x.stack) for batch in _capped(group)]
+def make_plan(pieces: Sequence[Piece], ranks: Ranks, polar_steps: int) -> Plan:
+    """Batches the pieces that move, and gives every matrix an owner. All ranks make it together."""
+    held = _held(pieces, ranks)
+    moving = [piece for piece in pieces if piece.moves]
+    matrices = _matrix_batches([x for x in moving if x.stack], held, ranks, polar_steps)
     vectors = [Batch(tuple(group)) for group in _grouped(x for x in moving if not x.stack)]
     scales = [x.scale for batch in (*matrices, *vectors) for x in batch.pieces for _ in range(x.units)]
-    wide = any(piece.param.dtype == torch.float64 for piece in pieces)
-    dtype, device = torch.float64 if wide else torch.float32, pieces[0].param.device
+    wide = any(piece.tensor.dtype == torch.float64 for piece in pieces)
+    dtype = torch.float64 if wide else torch.float32
     # A second moment holds the square of the gradient, which must be finite too.
-    powers = [0.5 if piece.norm in ADAPTIVE_NORMS else 1.0 for piece in pieces]
+    powers = [0.5 if piece.norm in ADAPTIVE_NORMS else 1.0 for piece in pieces if piece.size]
+    largest = torch.finfo(torch.float32).max
     return Plan(
         pieces=tuple(pieces),
         matrices=tuple(matrices),
         vectors=tuple(vectors),
-        scales=torch.tensor(scales, dtype=dtype, device=device),
-        gradient_limits=torch.finfo(torch.float32).max ** torch.tensor(powers, dtype=dtype, device=device),
+        ranks=ranks,
+        scales=torch.tensor(scales, dtype=dtype, device=ranks.device),
+        gradient_limits=largest ** torch.tensor(powers, dtype=dtype, device=ranks.device),
     )
+
+
+def _held(pieces: Sequence[Piece], ranks: Ranks) -> dict[Piece, list[Run]]:
+    """Which run of each parameter each shard holds.
+
+    Raises:
+        RuntimeError: The ranks do not hold the same parameters, or a part of one is nowhere.
+    """
+    mine = [(piece.name, piece.holding.shape, piece.holding.run) for piece in pieces]
+    checksum = _checksum(pieces) if ranks.replicas > 1 else 0.0
+    said = ranks.agree((ranks.place, mine, checksum))
+    whole = [(name, shape) for name, shape, _ in mine]
+    for place, theirs, checksum in said:
+        if [(name, shape) for name, shape, _ in theirs] != whole:
+            raise RuntimeError(
+                f"rank {place} and this one, {ranks.place}, step different parameters: {len(theirs)} and "
+                f"{len(mine)}. All processes must train the same model, with the same parameters frozen."
+            )
+        replica = next(x for other, _, x in said if other[1] == place[1])
+        if abs(checksum - replica) > 1e-6 * abs(replica):
+            raise RuntimeError(
+                "the parameters differ between ranks that should hold copies. Wrap the model in "
+                "DistributedDataParallel (accelerate and the Trainer do) before the first step."
+            )
+    rows = {place[1]: [run for _, _, run in theirs] for place, theirs, _ in said}
+    held = {piece: [rows[s][i] for s in range(ranks.shards)] for i, piece in enumerate(pieces)}
+    for piece, runs in held.items():
+        _check_cover(piece, runs)
+    return held
+
+
+def _checksum(pieces: Sequence[Piece]) -> float:
+    return sum(piece.value.double().abs().sum().item() for piece in pieces)
+
+
+def _check_cover(piece: Piece, runs: Sequence[Run]) -> None:
+    end = 0
+    for start, stop in (run for run in runs if run[1] > run[0]):
+        if start != end:
+            break
+        end = stop
+    if end != prod(piece.holding.shape):
+        raise RuntimeError(
+            f"the ranks together hold {list(runs)} of the {prod(piece.holding.shape)} elements of "
+            f"{piece.name}: parts are missing, twice there or out of order. This engine is not supported."
+        )
+
+
+def _matrix_batches(
+    pieces: Sequence[Piece], held: dict[Piece, list[Run]], ranks: Ranks, steps: int
+) -> list[Batch]:
+    batches = [batch for group in _grouped(pieces) for batch in _cut(group, ranks.shards)]
+    owners = iter(_owners([piece for batch in batches for piece in batch], held, ranks, steps))
+    made = []
+    for batch in batches:
+        stacks = [piece.stack for piece in batch if piece.stack]
+        blocks = make_blocks(stacks, [next(owners) for stack in stacks for _ in range(stack[0])])
+        shards = [[held[piece][shard] for piece in batch] for shard in range(ranks.shards)]
+        exchange = Exchange(blocks, shards, ranks)
+        made.append(Batch(tuple(batch), exchange, tuple(_alike(exchange.owned, ranks.device))))
+    return made
+
+
+def _alike(blocks: Iterable[Block], device: torch.device) -> Iterator[Alike]:
+    def shape(block: Block) -> list[int]:
+        return sorted(block.shape[1:])
+
+    for _, same in groupby(sorted(blocks, key=shape), shape):
+        for capped in _capped(same):
+            units = [unit for block in capped for unit in block.units]
+            yield Alike(capped, torch.tensor(units, device=device))
+
+
+def _owners(
+    pieces: Sequence[Piece], held: dict[Piece, list[Run]], ranks: Ranks, steps: int
+) -> Iterator[Place]:
+    """Who owns each matrix of all pieces."""
+    costs, homes = [], []
+    for piece in pieces:
+        count, rows, columns = piece.stack or (0, 0, 0)
+        for i in range(count):
+            costs.append(polar_flops(rows, columns, steps))
+            run = (i * rows * columns, (i + 1) * rows * columns)
+            homes.append(home([overlap(run, held_run) for held_run in held[piece]], ranks.replicas))
+    workers = assign(costs, ranks.count, homes)
+    return (divmod(worker, ranks.shards) for worker in workers)
 
 
 def _grouped(pieces: Iterable[Piece]) -> list[list[Piece]]:
     groups: dict[Any, list[Piece]] = {}
     for piece in pieces:
-        shape = tuple(sorted(piece.stack[1:])) if piece.stack else None
-        key = (piece.norm, shape, piece.weight_decay, piece.param.dtype, piece.param.device)
+        key = (piece.norm, piece.weight_decay, piece.tensor.dtype, piece.tensor.device)
         groups.setdefault(key, []).append(piece)
     return list(groups.values())
 
 
-def _capped(pieces: Sequence[Piece]) -> list[Batch]:
-    """Consecutive pieces that together fit into the copy; one piece alone may exceed it."""
+def _cut(pieces: Sequence[Piece], shards: int) -> list[list[Piece]]:
+    """Batches of which a rank receives no more than the workspace; one piece alone may exceed it."""
     batches: list[list[Piece]] = [[]]
     size = 0
-    for piece in pieces:
-        size += 4 * piece.param.numel()
+    for piece in sorted(pieces, key=lambda piece: sorted(piece.stack[1:] if piece.stack else ())):
+        bytes_here = 4 * prod(piece.stack or ()) // shards
+        size += bytes_here
         if batches[-1] and size > _BATCH_BYTES:
             batches.append([])
-            size = 4 * piece.param.numel()
+            size = bytes_here
         batches[-1].append(piece)
-    return [Batch(tuple(batch)) for batch in batches]
+    return batches
+
+
+def _capped(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """Blocks whose matrices together fit into the workspace; one alone may exceed it."""
+    batch: list[Block] = []
+    size = 0
+    for block in blocks:
+        size += 4 * prod(block.shape)
+        if batch and size > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 4 * prod(block.shape)
+        batch.append(block)
+    yield batch

@@ -1,22 +1,30 @@
-"""Every rank holds every parameter whole: one device, or data parallelism (DDP)."""
+"""Every rank holds every parameter whole: one device, or data parallelism (DDP).
+
+DDP leaves the same averaged gradient on every rank, so all keep the same momentum. Each rank computes the
+polar factors that it owns and all apply the same gathered ones, rounded alike, which keeps the parameters
+bitwise equal.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .pieces import Holding
+from .ranks import Ranks, world_size
 
-class Replicated:
-    """One device, or DDP, which leaves the same averaged gradient on every rank.
 
-    All ranks do the same work on the same numbers, so their parameters stay bitwise equal; the one number
-    that differs between them is the loss.
-    """
+def hold(params: Sequence[Tensor]) -> list[Holding]:
+    """All of each parameter."""
+    return [Holding(p, tuple(p.shape), (0, prod(p.shape))) for p in params]
 
-    def mean_loss(self, loss: Tensor) -> Tensor:
-        """The loss averaged over the ranks, a 0-d tensor; NaN or infinite if it is so on any rank."""
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-            return loss
-        loss = loss / dist.get_world_size()  # a new tensor: the caller's loss is not reduced in place
-        dist.all_reduce(loss)
-        return loss
+
+def ranks(device: torch.device) -> Ranks:
+    """Replicas, in the default process group."""
+    if (world := world_size()) == 1:
+        return Ranks(device)
+    return Ranks(device, replicas=world, replica=dist.get_rank(), replica_group=dist.group.WORLD)

@@ -1,0 +1,93 @@
+"""What an engine of accelerate must be like for these optimizers, said before the training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+
+def steps_group_by_group() -> bool:
+    """Whether the engine of this process wants all parameters in one group: DeepSpeed does."""
+    return bool(_engine() == DistributedType.DEEPSPEED)
+
+
+def check_engine() -> None:
+    """Refuses what would train something else than was asked for.
+
+    Raises:
+        RuntimeError: The engine does not leave matrices, or replaces the optimizer; the message says what
+            to use instead.
+    """
+    engine = _engine()
+    if engine == DistributedType.FSDP:
+        _check_fsdp(AcceleratorState().fsdp_plugin)
+    if engine == DistributedType.DEEPSPEED:
+        _check_deepspeed(AcceleratorState().deepspeed_plugin.deepspeed_config)
+    if engine == DistributedType.MEGATRON_LM:
+        raise RuntimeError(
+            "Megatron-LM brings its own optimizer and tensor parallelism, which is not supported. Use DDP, "
+            "FSDP2 or DeepSpeed ZeRO."
+        )
+
+
+def _engine() -> Any:
+    return AcceleratorState().distributed_type if AcceleratorState._shared_state else None
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if getattr(plugin, "fsdp_version", 1) == 1:
+        raise RuntimeError(
+            "FSDP version 1 flattens parameters, and a flat piece is no matrix any more. Use FSDP2: "
+            'fsdp_version: 2 in the accelerate config, or fsdp_config={"version": 2} in TrainingArguments.'
+        )
+
+
+def _check_deepspeed(config: Mapping[str, Any]) -> None:
+    zero = config.get("zero_optimization", {})
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if "optimizer" in config:
+        raise RuntimeError(
+            "the DeepSpeed config has an optimizer section, which would be used in place of the optimizer "
+            'that was asked for. Remove "optimizer" from it.'
+        )
+    if zero.get("stage", 0) == 0 and any(config.get(half, {}).get("enabled") for half in ("bf16", "fp16")):
+        raise RuntimeError(
+            "DeepSpeed at stage 0 keeps half-precision parameters in flat buffers of its own, where no "
+            'matrix exists any more. Set "stage" in its zero_optimization section to 1, 2 or 3, or use DDP.'
+        )
+    if offload == "nvme":
+        raise RuntimeError(
+            "DeepSpeed swaps the optimizer's state to NVMe piece by piece, but a step depends on all of it. "
+            'Set "offload_optimizer": {"device": "cpu"} or leave it out.'
+        )
+    if offload == "cpu" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise RuntimeError(
+            "DeepSpeed would replace the optimizer by its own DeepSpeedCPUAdam, since its state is "
+            'offloaded. Set "zero_force_ds_cpu_optimizer": false at the top level of the DeepSpeed config '
+            "(in a JSON file; accelerate's YAML has no key for it), as accelerate_configs/zero2_offload.yaml "
+            "does."
+        )
+
+
+def check_innermost(optimizer: Any, ours: Any, method: str) -> None:
+    """Refuses to start if the engine has put another optimizer in the place of the one asked for.
+
+    Args:
+        optimizer: What the Trainer is about to train with.
+        ours: What of this package was found in it, or None.
+        method: What was asked for.
+
+    Raises:
+        RuntimeError: It is not one of this package.
+    """
+    if ours is None:
+        inner = optimizer
+        while getattr(inner, "optimizer", None) is not None:
+            inner = inner.optimizer
+        raise RuntimeError(
+            f"optim={method!r} was asked for, but {type(inner).__name__} is what would train. Remove the "
+            '"optimizer" section of the DeepSpeed config, or the optimizer that is passed to the Trainer.'
+        )

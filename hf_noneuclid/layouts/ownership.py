@@ -1,0 +1,52 @@
+"""Which rank computes the polar factor of which matrix, and what that costs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+# How much more than its even share a rank may compute of the matrices that it already holds.
+_TOLERANCE = 1.05
+_NEARLY_ALL = 0.9
+
+
+def polar_flops(rows: int, columns: int, steps: int = 5) -> int:
+    """Floating-point operations of the iterative polar factor of one matrix."""
+    n, m = sorted((rows, columns))
+    if n == 1:
+        return 3 * m
+    return steps * (4 * n * n * m + 2 * n**3)
+
+
+def assign(costs: Sequence[int], workers: int, homes: Sequence[int | None]) -> list[int]:
+    """An owner for every matrix, such that all workers compute about as much.
+
+    The dearest matrix goes first. It stays at home, where moving it costs nothing, unless that worker has
+    its share already; then it goes to the one that has least.
+
+    Args:
+        costs: One a matrix.
+        workers: How many there are.
+        homes: The worker that holds most of the matrix, or None.
+    """
+    share = _TOLERANCE * sum(costs) / workers
+    loads = [0] * workers
+    idle = [(0, worker) for worker in range(workers)]
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        while idle[0][0] != loads[idle[0][1]]:  # an entry from before that worker was given more
+            heapq.heappop(idle)
+        least, owner = idle[0]
+        home = homes[i]
+        if home is not None and (loads[home] + costs[i] <= share or loads[home] == least):
+            owner = home
+        owners[i] = owner
+        loads[owner] += costs[i]
+        heapq.heappush(idle, (loads[owner], owner))
+    return owners
+
+
+def home(sizes: Sequence[int], replicas: int = 1) -> int | None:
+    """The shard that holds nearly all of a matrix, if there is one; ``sizes`` is what each holds."""
+    largest = max(sizes)
+    return sizes.index(largest) if replicas == 1 and largest >= _NEARLY_ALL * sum(sizes) else None
