@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -69,6 +70,26 @@ def _check_deepspeed(config: Mapping[str, Any]) -> None:
             'offloaded. Set "zero_force_ds_cpu_optimizer": false at the top level of the DeepSpeed config '
             "(in a JSON file; accelerate's YAML has no key for it), as accelerate_configs/zero2_offload.yaml "
             "does."
+        )
+
+
+def check_world_size(checkpoint: Any) -> None:
+    """Refuses to resume a ZeRO checkpoint with another number of processes, of which each saved its part.
+
+    Args:
+        checkpoint: A folder, as in ``args.resume_from_checkpoint``; anything else passes.
+
+    Raises:
+        RuntimeError: Its number of parts is not that of the processes.
+    """
+    if _engine() != DistributedType.DEEPSPEED or not isinstance(checkpoint, str):
+        return
+    files = Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt")
+    parts, world = len({file.name for file in files}), AcceleratorState().num_processes
+    if parts not in (0, world):
+        raise RuntimeError(
+            f"{checkpoint} was made by DeepSpeed ZeRO with {parts} processes, and there are {world} now. Resume "
+            f"with {parts}, or start from its model alone."
         )
 
 

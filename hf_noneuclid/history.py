@@ -19,6 +19,8 @@ from .norms import ADAPTIVE_NORMS
 State = MutableMapping[Tensor, dict[str, Any]]
 Places = dict[Piece, slice]
 
+_ON_DEVICE = ("step", "running_loss", "nuclear_norm")
+
 UNSET = -1.0
 """A stale nuclear norm that has not been measured yet."""
 
@@ -49,6 +51,8 @@ class History:
         self._second = _places((x for x in pieces if x.norm in ADAPTIVE_NORMS), lambda piece: piece.size)
         self._nuclear = _places((x for x in pieces if x.stack), lambda piece: piece.units)
         known = [state[piece.tensor] for piece in pieces if piece.tensor in state]
+        for its in known:  # a checkpoint puts everything where the parameter is, which may be offloaded
+            its.update({key: its[key].to(device) for key in _ON_DEVICE if key in its})
         shared = known[0] if known and momo else {}
         step = shared.get("step", torch.zeros((), dtype=dtype, device=device))
         for piece in pieces:

@@ -148,6 +148,7 @@ class NonEuclideanDescent(Optimizer):
         options.check_group(param_group, self.defaults, len(self.param_groups))
         super().add_param_group(param_group)
         options.check_parameters(self.param_groups[-1])
+        options.check_views(self.param_groups)
         self._given.append(_references(self.param_groups[-1]))
 
     # ---------------------------------------------------------------- the loss
@@ -379,11 +380,14 @@ class NonEuclideanDescent(Optimizer):
         """
         for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             options.check_checkpoint(ours, saved)
-        super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        for i, param in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved_states = [state_dict["state"].get(i, {}) for i in saved_ids]
+        for param, saved in zip(params, saved_states, strict=False):
+            options.check_momentum(param, saved.get("momentum"))
+        super().load_state_dict(state_dict)
+        for param, saved in zip(params, saved_states, strict=True):
+            for key, value in saved.items():
                 self.state[param][key] = value.detach().to(param.device, copy=True)
 
 

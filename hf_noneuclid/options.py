@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -139,6 +140,29 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             )
 
 
+def check_views(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that no two parameters of any groups share memory: both would be stepped.
+
+    Raises:
+        ValueError: Two do.
+    """
+    spans = []
+    for i, group in enumerate(groups):
+        names = parameter_names(group, i, len(group["params"]))
+        for name, param in zip(names, group["params"], strict=True):
+            if param.numel() and not param.is_meta and not hasattr(param, "device_mesh"):
+                last = sum((n - 1) * stride for n, stride in zip(param.shape, param.stride(), strict=True))
+                start = param.data_ptr()
+                spans.append((str(param.device), start, start + (last + 1) * param.element_size(), name))
+    spans.sort()
+    for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start < end:
+            raise ValueError(
+                f"{name} and {other} share memory, so a step would move it twice. Tie weights by making them "
+                "the same Parameter, and pass it once."
+            )
+
+
 def parameter_names(group: Mapping[str, Any], index: int, count: int) -> list[str]:
     """The names of the ``count`` parameters of a group, made up where the caller gave none."""
     names = group.get("param_names")
@@ -208,3 +232,13 @@ def check_checkpoint(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             warnings.warn(
                 f"{name}={saved.get(name)!r} is taken from the checkpoint, not {ours[name]!r}.", stacklevel=4
             )
+
+
+def check_momentum(param: Tensor, saved: Tensor | None) -> None:
+    """Raises ValueError if the momentum that was saved for a parameter has another shape."""
+    if saved is not None and saved.shape != param.shape:
+        raise ValueError(
+            f"the checkpoint holds momentum of shape {tuple(saved.shape)} for a parameter (or a rank's part "
+            f"of all) of shape {tuple(param.shape)}: it is of another model, or, under DeepSpeed ZeRO, of "
+            "another number of processes. Resume with as many as it was made with."
+        )

@@ -42,7 +42,7 @@ try:
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
     from transformers.training_args import OptimizerNames
 
-    from .engine import check_engine, check_innermost, steps_group_by_group
+    from .engine import check_engine, check_innermost, check_world_size, steps_group_by_group
 except ImportError as error:
     raise ImportError(
         f"hf_noneuclid needs transformers >= 5.3 and accelerate for the Trainer ({error}). "
@@ -159,6 +159,7 @@ class NonEuclidCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if _name(args.optim) in all_names():
             check_engine()
+            check_world_size(args.resume_from_checkpoint)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = find_optimizer(kwargs.get("optimizer"))

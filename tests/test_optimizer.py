@@ -596,6 +596,37 @@ def test_learning_rates_that_differ_are_refused():
         optimizer.step()
 
 
+@pytest.mark.parametrize("part", [slice(0, 4), slice(3, 5)], ids=["the same rows", "some of them"])
+def test_parameters_that_are_views_of_one_another_are_refused_by_name(part):
+    whole = torch.nn.Parameter(torch.randn(4, 5))
+    view = torch.nn.Parameter(whole.detach()[part])
+    groups = [{"params": [(name, p)], "norm": "spectral"} for name, p in [("whole", whole), ("view", view)]]
+    with pytest.raises(ValueError, match="(whole and view|view and whole) share memory"):
+        NonEuclideanDescent(groups, 0.1, descent="constrained", product_norm="linf")
+
+
+def test_parameters_side_by_side_in_one_buffer_are_not_views_of_one_another():
+    buffer = torch.randn(8, 5)
+    params = [torch.nn.Parameter(half) for half in buffer.split(4)]
+    groups = [{"params": [p], "norm": "spectral"} for p in params]
+    assert NonEuclideanDescent(groups, 0.1, descent="constrained", product_norm="linf").param_groups
+
+
+def test_a_momentum_of_another_shape_is_refused_on_loading():
+    def make_one(rows):
+        weight = torch.nn.Parameter(torch.randn(rows, 3))
+        return weight, NonEuclideanDescent(
+            [{"params": [weight], "norm": "spectral"}], 0.1, descent="constrained", product_norm="linf"
+        )
+
+    weight, optimizer = make_one(4)
+    weight.grad = torch.randn(4, 3)
+    optimizer.step()
+    _, other = make_one(8)
+    with pytest.raises(ValueError, match=r"momentum of shape \(4, 3\).*another number of processes"):
+        other.load_state_dict(optimizer.state_dict())
+
+
 def test_complex_parameters_are_refused_by_name():
     p = torch.nn.Parameter(torch.ones(3, 3, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"rotary.freqs has dtype torch.complex64"):
@@ -605,6 +636,26 @@ def test_complex_parameters_are_refused_by_name():
             descent="constrained",
             product_norm="l2",
         )
+
+
+def test_a_step_that_a_loss_scaler_skips_leaves_no_trace():
+    def run(overflow_at):
+        net, optimizer = make()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+        for step in range(5):
+            loss = net(TOKENS) * (3e38 if step == overflow_at else 1.0)
+            optimizer.zero_grad()
+            optimizer.observe_loss(loss, begin=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return optimizer.diagnostics()["steps"], scaler.get_scale(), snapshot(net, optimizer)
+
+    steps, scale, after = run(overflow_at=2)
+    assert (steps, scale) == (4, 2.0**9)
+    net, optimizer = make()
+    train(net, optimizer, 4)
+    assert same(after, snapshot(net, optimizer))
 
 
 def test_sparse_gradients_are_refused_by_name_and_nothing_is_written():

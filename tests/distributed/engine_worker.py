@@ -1,34 +1,60 @@
-"""What each of two ranks does: trains with every method on one engine, and leaves what it saw in a file.
+"""What each rank does: trains on one engine, and leaves what it saw in a file.
 
-Usage: torchrun --nproc_per_node=2 engine_worker.py ENGINE FOLDER
+Usage: torchrun --nproc_per_node=N engine_worker.py MODE ENGINE FOLDER, with MODE one of
+
+run     all methods, a checkpoint half-way; then one more run, which is killed
+alone   on one rank: goes on from the checkpoints of two, and makes one of its own
+resume  on two: goes on from their own checkpoints, and from that of one rank
 """
 
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from engines import gather_parameters, make_arguments
-from model import ACCUMULATION, BATCH, CLIP, METHODS, STEPS, learning_rate, make_model, options_of, rows
+from model import (
+    ACCUMULATION,
+    BATCH,
+    CLIP,
+    METHODS,
+    RANKS,
+    STEPS,
+    learning_rate,
+    make_model,
+    options_of,
+    rows,
+)
 from transformers import Trainer, TrainerCallback
 
 from hf_noneuclid import norms
 from hf_noneuclid.layouts.ownership import polar_flops
 from hf_noneuclid.trainer import find_optimizer
 
+SAVED = STEPS // 2
+MOMO = [method for method in METHODS if method.endswith("momo")]
+STALE = {"nuclear_norm": "stale"}
+
 
 class Witness(TrainerCallback):
-    """Notes what the optimizer says after each step, and what it has sent."""
+    """Notes what the optimizer says after each step."""
 
     def __init__(self):
-        self.said, self.sent = [], []
+        self.said = []
 
     def on_step_end(self, args, state, control, optimizer, **kwargs):
-        ours = find_optimizer(optimizer)
-        self.said.append(ours.diagnostics())
-        self.sent.append(dict(ours._plan.ranks.sent))
+        self.said.append(find_optimizer(optimizer).diagnostics())
+
+
+class Killed(TrainerCallback):
+    """Ends this process as the kernel would, after a step that no checkpoint holds."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == SAVED + 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Flops:
@@ -49,49 +75,101 @@ class Flops:
         return self._polar_factor(m, steps=steps, **options)
 
 
-def train(engine, folder, method, callbacks=(), resume=None, **options):
-    """Trains, and says what was seen."""
-    defaults = {
-        "output_dir": str(folder / "run"),
-        "optim": method,
-        "optim_args": ",".join(f"{key}={value}" for key, value in options_of(method).items()),
-        "max_steps": STEPS,
-        "learning_rate": learning_rate(method),
-        "max_grad_norm": CLIP,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": BATCH,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "train_sampling_strategy": "sequential",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    args = make_arguments(engine, **{**defaults, **options})
+def train(engine, folder, method, *, callbacks=(), resume=None, save=False, bf16=False, **options):
+    """Trains, and says what was seen; the options are of the method."""
+    args = make_arguments(
+        engine,
+        output_dir=str(folder),
+        optim=method,
+        optim_args=",".join(f"{key}={value}" for key, value in {**options_of(method), **options}.items()),
+        max_steps=STEPS,
+        learning_rate=learning_rate(method),
+        max_grad_norm=CLIP,
+        bf16=bf16,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=BATCH * RANKS // int(os.environ["WORLD_SIZE"]),
+        gradient_accumulation_steps=ACCUMULATION,
+        train_sampling_strategy="sequential",
+        save_strategy="steps" if save else "no",
+        save_steps=SAVED,
+        save_total_limit=1,
+        resume_from_checkpoint=resume,  # as scripts set it from the command line
+        report_to="none",
+        disable_tqdm=True,
+    )
     witness = Witness()
     trainer = Trainer(make_model(), args, train_dataset=rows(), callbacks=[witness, *callbacks])
+    if save:
+        trainer.add_callback(SaveOnce())
     with Flops() as flops:
         trainer.train(resume_from_checkpoint=resume)
     return {
         "wrapped": type(trainer.model_wrapped).__name__,
+        "engine": str(trainer.accelerator.distributed_type),
         "parameters": gather_parameters(engine, trainer),
-        "step_sizes": [said["step_size"] for said in witness.said],
-        "losses": [said["loss"] for said in witness.said],
-        "dual_norms": [said["dual_norm"] for said in witness.said],
-        "bad_steps": [said["bad_steps"] for said in witness.said],
-        "sent": witness.sent,
         "polar_flops": flops.count,
+        "state_dtypes": {
+            str(x.dtype) for its in find_optimizer(trainer.optimizer).state.values() for x in its.values()
+        },
+        **{key: [said[key] for said in witness.said] for key in ("step_size", "loss", "dual_norm")},
     }
 
 
-def main(engine, folder):
-    seen = {method: train(engine, folder, method) for method in METHODS}
-    seen["ranks"] = dist.get_world_size()
-    torch.save(seen, folder / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
+class SaveOnce(TrainerCallback):
+    """Keeps the checkpoint half-way, and no later one."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step == SAVED
+
+    def on_train_end(self, args, state, control, **kwargs):
+        control.should_save = False
+
+
+def run(engine, folder):
+    seen = {method: train(engine, folder / method, method, save=method in MOMO) for method in METHODS}
+    seen["stale"] = train(engine, folder / "stale", "muonmax_momo", save=True, **STALE)
+    seen["bf16"] = train(engine, folder / "x", "muonmax_momo", bf16=True)
+    if engine.startswith("zero"):
+        seen["offload"] = train(f"{engine}_offload", folder / "x", "muonmax_momo")
+    leave(seen, folder, "run")
+    train(engine, folder / "killed", "muonmax_momo", save=True, callbacks=[Killed()])
+
+
+def alone(engine, folder):
+    seen = {"one": train(engine, folder / "one", "muonmax_momo", save=True, **STALE)}
+    try:
+        seen["from_two"] = train(
+            engine, folder / "x", "muonmax_momo", resume=checkpoint(folder, "stale"), **STALE
+        )
+    except Exception as error:  # what it says is what is tested
+        seen["error"] = f"{type(error).__name__}: {error}"
+    leave(seen, folder, "alone")
+
+
+def resume(engine, folder):
+    seen = {m: train(engine, folder / "x", m, resume=checkpoint(folder, m)) for m in MOMO}
+    seen["stale"] = train(engine, folder / "x", "muonmax_momo", resume=checkpoint(folder, "stale"), **STALE)
+    seen["killed"] = train(engine, folder / "x", "muonmax_momo", resume=checkpoint(folder, "killed"))
+    if not engine.startswith("zero"):
+        seen["from_one"] = train(
+            engine, folder / "x", "muonmax_momo", resume=checkpoint(folder, "one"), **STALE
+        )
+    leave(seen, folder, "resume")
+
+
+def checkpoint(folder, run):
+    return str(folder / run / f"checkpoint-{SAVED}")
+
+
+def leave(seen, folder, mode):
+    seen["ranks"] = dist.get_world_size() if dist.is_initialized() else 1
+    torch.save(seen, folder / f"{mode}{os.environ['RANK']}.pt")
+    if seen["ranks"] > 1:
+        dist.barrier()
 
 
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
-        main(sys.argv[1], Path(sys.argv[2]))
+        {"run": run, "alone": alone, "resume": resume}[sys.argv[1]](sys.argv[2], Path(sys.argv[3]))
     sys.stderr.flush()
-    os._exit(0)  # two-rank CPU workers sometimes abort while the interpreter shuts down
+    os._exit(0)  # CPU workers sometimes abort while the interpreter shuts down

@@ -1,9 +1,11 @@
 """A small model with everything that is hard to shard, its data, and one process that trains it alone."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 import hf_noneuclid
 
@@ -59,16 +61,29 @@ class Block(nn.Module):
         return x + self.experts(torch.tanh(y))
 
 
-class Model(nn.Module):
+class Model(PreTrainedModel):
     """A language model with tied embeddings."""
 
-    def __init__(self):
-        super().__init__()
+    config_class = PretrainedConfig
+    _tied_weights_keys: ClassVar = {"head.weight": "embedding.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         nn.init.normal_(self.embedding.weight, std=0.3)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embedding.weight
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def _init_weights(self, module):
+        """As the modules have done by themselves."""
 
     def forward(self, tokens, labels):
         x = self.embedding(tokens)
@@ -80,7 +95,7 @@ class Model(nn.Module):
 
 def make_model():
     torch.manual_seed(0)
-    return Model()
+    return Model(PretrainedConfig(tie_word_embeddings=True))
 
 
 def rows():

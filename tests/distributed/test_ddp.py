@@ -1,20 +1,17 @@
 """Two ranks under DDP (gloo on the CPU): they stay equal, and they see the loss of both."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch, torchrun
 
 pytestmark = pytest.mark.distributed
 
 METHODS = ("muonmax_momo", "muon_momo", "polargrad")
 BY_METHOD_AND_AVERAGE = [(method, average) for method in METHODS for average in (True, False)]
-TIMEOUT = 150
 
 SCRIPT = """
 import json, os, sys
@@ -51,47 +48,12 @@ os._exit(0)
 """
 
 
-def launch(*command):
-    """Runs a command to its end; if it fails or takes too long, its log is the error."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    try:
-        log, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        log = stop(process)
-        pytest.fail(f"no end after {TIMEOUT} s:\n{log}", pytrace=False)
-    if process.returncode:
-        pytest.fail(f"exit code {process.returncode}:\n{log}", pytrace=False)
-
-
-def stop(process):
-    """Ends a launcher and its workers; the log so far.
-
-    The workers lead sessions of their own, so the launcher is asked to end them before it is killed.
-    """
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        return process.communicate(timeout=40)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()[0]
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What the two ranks of one run of the worker saw."""
     folder = tmp_path_factory.mktemp("ddp")
     worker = Path(__file__).with_name("ddp_worker.py")
-    launch(
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        *(str(worker), str(folder)),
-    )
+    torchrun(worker, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

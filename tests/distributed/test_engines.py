@@ -1,0 +1,135 @@
+"""The Trainer on every engine, with two ranks (gloo on the CPU), against one process on the global batches."""
+
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import ENGINES
+from launching import torchrun
+from model import METHODS, RANKS, STEPS, distance, learning_rate, relative, train_alone
+
+pytestmark = pytest.mark.distributed
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+MOMO = [method for method in METHODS if method.endswith("momo")]
+RESUMED = [*MOMO, "stale"]
+ENGINE_TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero": "DEEPSPEED"}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, engine):
+    return tmp_path_factory.mktemp(engine)
+
+
+@pytest.fixture(scope="module")
+def ran(engine, folder):
+    """What the two ranks saw of all methods, before they were killed in one more run."""
+    torchrun(WORKER, "run", engine, folder, killed=True)
+    return [torch.load(folder / f"run{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def went_on(engine, folder, ran):
+    """What one rank saw, and then two, which went on from checkpoints."""
+    torchrun(WORKER, "alone", engine, folder, ranks=1)
+    torchrun(WORKER, "resume", engine, folder)
+    resumed = [torch.load(folder / f"resume{rank}.pt") for rank in range(RANKS)]
+    return SimpleNamespace(alone=torch.load(folder / "alone0.pt"), resumed=resumed)
+
+
+alone = cache(train_alone)
+
+
+def same(ours, theirs):
+    return all(torch.equal(ours["parameters"][name], x) for name, x in theirs["parameters"].items())
+
+
+def test_two_ranks_trained_on_that_engine(ran, engine):
+    expected = ENGINE_TYPES["zero" if engine.startswith("zero") else engine]
+    for seen in ran:
+        assert seen["ranks"] == RANKS
+        assert {seen[method]["engine"] for method in METHODS} == {f"DistributedType.{expected}"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_train_like_one_process(ran, method):
+    for seen in ran:
+        assert distance(seen[method]["parameters"], alone(method)["parameters"]) < 1e-4
+        assert relative(seen[method]["step_size"], alone(method)["step_sizes"]) < 2e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_agree_to_the_bit(ran, method):
+    first, second = (seen[method] for seen in ran)
+    assert same(first, second)
+    for key in ("step_size", "loss", "dual_norm"):
+        assert first[key] == second[key]
+        assert len(first[key]) == STEPS
+
+
+@pytest.mark.parametrize("method", MOMO)
+def test_some_steps_are_truncated_before_and_after_the_checkpoint(ran, method):
+    """Else the tests here would say little of the loss, and nothing of the running loss that is saved."""
+    truncated = [tau < 0.99 * learning_rate(method) for tau in ran[0][method]["step_size"]]
+    assert any(truncated[STEPS // 2 :])
+    assert not all(truncated)
+
+
+def test_ranks_share_the_polar_factors(ran):
+    """In one process every rank would compute what they compute together."""
+    for method in METHODS:
+        flops = [seen[method]["polar_flops"] for seen in ran]
+        assert max(flops) <= 0.6 * sum(flops)
+        assert sum(flops) == sum(seen["muon"]["polar_flops"] for seen in ran)
+
+
+def test_bfloat16_trains_alike_with_float32_state(ran):
+    first, second = (seen["bf16"] for seen in ran)
+    assert same(first, second)
+    assert first["state_dtypes"] == {"torch.float32"}
+    assert relative(first["loss"], ran[0]["muonmax_momo"]["loss"]) < 0.02
+    assert not same(first, ran[0]["muonmax_momo"])
+
+
+def test_offloaded_state_trains_like_one_process(engine, ran):
+    if not engine.startswith("zero"):
+        pytest.skip("of DeepSpeed alone")
+    for seen in ran:
+        assert distance(seen["offload"]["parameters"], alone("muonmax_momo")["parameters"]) < 1e-4
+        assert relative(seen["offload"]["step_size"], alone("muonmax_momo")["step_sizes"]) < 2e-5
+
+
+@pytest.mark.parametrize("run", RESUMED)
+def test_a_resumed_run_goes_on_to_the_bit(ran, went_on, run):
+    for resumed, whole in zip(went_on.resumed, ran, strict=True):
+        assert resumed[run]["step_size"] == whole[run]["step_size"][STEPS // 2 :]
+        assert same(resumed[run], whole[run])
+
+
+def test_a_run_that_was_killed_goes_on_to_the_bit(ran, went_on):
+    for resumed, whole in zip(went_on.resumed, ran, strict=True):
+        assert same(resumed["killed"], whole["muonmax_momo"])
+
+
+def test_one_rank_goes_on_where_two_stopped(engine, ran, went_on):
+    if engine.startswith("zero"):
+        assert "was made by DeepSpeed ZeRO with 2 processes, and there are 1 now" in went_on.alone["error"]
+        return
+    two, one = ran[0]["stale"], went_on.alone["from_two"]
+    assert distance(one["parameters"], two["parameters"]) < 1e-4
+    assert relative(one["step_size"], two["step_size"][STEPS // 2 :]) < 2e-5
+
+
+def test_two_ranks_go_on_where_one_stopped(engine, went_on):
+    if engine.startswith("zero"):
+        pytest.skip("DeepSpeed refuses another world size, which the test before shows")
+    one, two = went_on.alone["one"], went_on.resumed[0]["from_one"]
+    assert distance(two["parameters"], one["parameters"]) < 1e-4
+    assert relative(two["step_size"], one["step_size"][STEPS // 2 :]) < 2e-5
