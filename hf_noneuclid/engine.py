@@ -88,8 +88,8 @@ def check_world_size(checkpoint: Any) -> None:
     parts, world = len({file.name for file in files}), AcceleratorState().num_processes
     if parts not in (0, world):
         raise RuntimeError(
-            f"{checkpoint} was made by DeepSpeed ZeRO with {parts} processes, and there are {world} now. Resume "
-            f"with {parts}, or start from its model alone."
+            f"{checkpoint} was made by DeepSpeed ZeRO with {parts} processes, and there are {world} now. "
+            f"Resume with {parts}, or start from its model alone."
         )
 
 

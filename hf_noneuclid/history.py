@@ -7,13 +7,13 @@ tensor that stands in the state of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layouts.pieces import Piece
+from .layouts.pieces import WORKSPACE, Piece
 from .norms import ADAPTIVE_NORMS
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -130,16 +130,19 @@ class History:
         grad_of = dict(zip(here, grads, strict=True))
         for everywhere in self._cohorts:
             step = self._step(everywhere)
-            cohort = [piece for piece in everywhere if piece.size]
-            m, v = self.momenta(cohort), self.second_moments(cohort)
-            # A bad gradient is replaced by m before its weight 0 meets it: 0 times NaN is NaN.
-            g = [
-                torch.where(ok.to(x.device), grad_of[piece], x).to(x.dtype)
-                for piece, x in zip(cohort, m, strict=True)
-            ]
-            adaptive = [x for piece, x in zip(cohort, g, strict=True) if piece.norm in ADAPTIVE_NORMS]
-            _average(v, [x * x for x in adaptive], _weight(step, beta2, ok))
-            _average(m, g, _weight(step, momentum, ok))
+            weights = _weight(step, momentum, ok), _weight(step, beta2, ok)
+            for cohort in _chunks([piece for piece in everywhere if piece.size]):
+                self._average(cohort, [grad_of[piece] for piece in cohort], ok, *weights)
+
+    def _average(
+        self, pieces: Sequence[Piece], grads: Sequence[Tensor], ok: Tensor, of_m: Tensor, of_v: Tensor
+    ) -> None:
+        m, v = self.momenta(pieces), self.second_moments(pieces)
+        # A bad gradient is replaced by m before its weight 0 meets it: 0 times NaN is NaN.
+        g = [torch.where(ok.to(x.device), grad, x).to(x.dtype) for grad, x in zip(grads, m, strict=True)]
+        adaptive = [x for piece, x in zip(pieces, g, strict=True) if piece.norm in ADAPTIVE_NORMS]
+        _average(v, [x * x for x in adaptive], of_v)
+        _average(m, g, of_m)
 
     def accumulate_loss(self, value: Tensor, ok: Tensor, *, momentum: float) -> None:
         """f̄ takes in f - Σ⟨p, g⟩."""
@@ -183,6 +186,20 @@ def _zeros_like(tensor: Tensor) -> Tensor:
     """In float32 at least: a bfloat16 average stands still at 0.95 of its way."""
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return torch.zeros_like(tensor, dtype=dtype)
+
+
+def _chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces whose temporary copies together fit into the workspace; one alone may exceed it."""
+    chunk: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        size += 4 * piece.size
+        if chunk and size > WORKSPACE:
+            yield chunk
+            chunk, size = [], 4 * piece.size
+        chunk.append(piece)
+    if chunk:
+        yield chunk
 
 
 def _weight(step: Tensor, beta: float, ok: Tensor) -> Tensor:

@@ -347,12 +347,14 @@ class NonEuclideanDescent(Optimizer):
             ``loss_lower_bound`` F*, ``nuclear_norms`` by the matrix's name (as the step used them: exact,
             stale or Frobenius), and counts since the optimizer was made: ``steps``, ``truncated_steps``,
             ``bad_steps``, ``consecutive_bad_steps``, and ``first_fatal_step``, where the last ten bad steps
-            in a row began (0 if that did not happen).
+            in a row began (0 if that did not happen). ``bytes_sent`` is what this rank has sent to others
+            for the steps so far, by collective; empty on one device.
         """
-        if self._record is None or self._counter is None:
+        if self._record is None or self._counter is None or self._plan is None:
             return {}
         self._warn_of_high_bound()
-        return {**self._record.read(), **self._counter.read()}
+        sent = dict(self._plan.ranks.sent)
+        return {**self._record.read(), **self._counter.read(), "bytes_sent": sent}
 
     def _warn_of_high_bound(self) -> None:
         """Once: with a lower bound above the loss no step is ever taken."""

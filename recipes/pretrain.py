@@ -18,9 +18,18 @@ from corpus import load_corpus
 from model import load_config, load_model, load_tokenizer
 from options import DataArguments, InputError, ModelArguments, RecipeArguments, parse, read_config
 from packing import Data, collate, pack, pack_lazily, spread
-from results import block_losses, collect_metrics, plot_curves, sample, summarise, write_metrics
+from results import (
+    block_losses,
+    collect_metrics,
+    count_parameters,
+    plot_curves,
+    sample,
+    summarise,
+    write_metrics,
+)
 from run_folder import delete_run, find_checkpoint
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
 
@@ -103,9 +112,8 @@ def prepare(
 def train(trainer: Trainer, checkpoint: str | None, invocation: dict[str, Any]) -> None:
     """Train; a run that diverges leaves a metrics.json that says so, and ends the process."""
     if trainer.is_world_process_zero():
-        print(
-            f"{trainer.model.num_parameters():,} parameters, vocabulary of {len(trainer.processing_class):,}"
-        )
+        parameters = count_parameters(trainer.model)
+        print(f"{parameters:,} parameters, vocabulary of {len(trainer.processing_class):,}")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except RuntimeError as error:
@@ -131,6 +139,7 @@ def write_results(trainer: Trainer, data: Data, final: dict[str, float], facts: 
     write_metrics(folder / "metrics.json", {**metrics, **facts})
     plot_curves(folder / "curves.png", trainer.state.log_history)
     if args.sample_tokens > 0 and not metrics["diverged"]:
+        unset_hf_deepspeed_config()  # ZeRO-3 would partition the model loaded here, and wait for other ranks
         prompt = args.prompt or data.tokenizer.decode(data.validation.dataset[0]["input_ids"][:8])
         print(f"\nSample, from {prompt!r} on:\n{sample(folder, prompt, args)}\n")
     print(f"Validation loss {final['final_loss']:.4f}, perplexity {final['final_perplexity']:.2f}: {folder}")

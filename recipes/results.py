@@ -45,6 +45,11 @@ def summarise(evaluation: EvalPrediction) -> dict[str, float]:
     return {"loss": loss, "perplexity": perplexity(loss)}
 
 
+def count_parameters(model: torch.nn.Module) -> int:
+    """Count the parameters as the model has them, whole: of what ZeRO-3 has taken away, too."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
 def collect_metrics(trainer: Trainer, final_loss: float, data: Data) -> dict[str, Any]:
     """Return the results of a run.
 
@@ -76,7 +81,7 @@ def collect_metrics(trainer: Trainer, final_loss: float, data: Data) -> dict[str
         "diverged": not math.isfinite(final_loss),
         "steps": steps,
         "tokens": steps * trainer.args.sequences_per_step * block_size,
-        "parameters": trainer.model.num_parameters(),
+        "parameters": count_parameters(trainer.model),
         "corpus": {
             "name": data.name,
             "train_sha256": data.train.sha256,

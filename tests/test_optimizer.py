@@ -601,7 +601,7 @@ def test_parameters_that_are_views_of_one_another_are_refused_by_name(part):
     whole = torch.nn.Parameter(torch.randn(4, 5))
     view = torch.nn.Parameter(whole.detach()[part])
     groups = [{"params": [(name, p)], "norm": "spectral"} for name, p in [("whole", whole), ("view", view)]]
-    with pytest.raises(ValueError, match="(whole and view|view and whole) share memory"):
+    with pytest.raises(ValueError, match=r"(whole and view|view and whole) share memory"):
         NonEuclideanDescent(groups, 0.1, descent="constrained", product_norm="linf")
 
 

@@ -80,11 +80,14 @@ class Exchange:
 
     def __init__(self, blocks: Sequence[Block], held: Sequence[Sequence[Run]], ranks: Ranks) -> None:
         self._blocks, self._held, self._ranks = blocks, held, ranks
-        self.owned = [block for block in blocks if block.owner == ranks.place]
+        self._of: dict[Place, list[Block]] = {}
+        for block in blocks:
+            self._of.setdefault(block.owner, []).append(block)
+        self.owned = self._of.get(ranks.place, [])
         shards = range(ranks.shards)
         # Of each replica's blocks, by owner: how much of them lies on this rank.
         self._mine = [
-            [self._size((b for b in blocks if b.owner == (replica, s)), ranks.shard) for s in shards]
+            [self._size(self._of.get((replica, s), ()), ranks.shard) for s in shards]
             for replica in range(ranks.replicas)
         ]
         # Of the blocks that this rank owns: how much of them lies on each shard.
@@ -97,7 +100,7 @@ class Exchange:
     def _by_owner(self, replica: int) -> Iterator[Block]:
         """The blocks of a replica, in the order in which their owners send their factors."""
         for shard in range(self._ranks.shards):
-            yield from (block for block in self._blocks if block.owner == (replica, shard))
+            yield from self._of.get((replica, shard), ())
 
     def _place_fragments(self) -> list[list[tuple[int, slice]]]:
         """For each parameter, where the fragments of its direction arrive: (replica, slice)."""

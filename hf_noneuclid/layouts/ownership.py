@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Sequence
+
+from .exchange import Run, overlap
 
 # How much more than its even share a rank may compute of the matrices that it already holds.
 _TOLERANCE = 1.05
@@ -46,7 +49,14 @@ def assign(costs: Sequence[int], workers: int, homes: Sequence[int | None]) -> l
     return owners
 
 
-def home(sizes: Sequence[int], replicas: int = 1) -> int | None:
-    """The shard that holds nearly all of a matrix, if there is one; ``sizes`` is what each holds."""
-    largest = max(sizes)
-    return sizes.index(largest) if replicas == 1 and largest >= _NEARLY_ALL * sum(sizes) else None
+def home(unit: Run, holders: Sequence[tuple[Run, int]]) -> int | None:
+    """The shard that holds nearly all of a matrix, if there is one.
+
+    Args:
+        unit: The elements of the matrix.
+        holders: Which elements each shard holds that holds any, in order.
+    """
+    middle = (unit[0] + unit[1] - 1) // 2
+    i = bisect_right(holders, middle, key=lambda holder: holder[0][0]) - 1
+    run, shard = holders[i]
+    return shard if overlap(unit, run) >= _NEARLY_ALL * (unit[1] - unit[0]) else None

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..options import PARAMETER_OPTIONS, check_gradient, per_parameter
 from .exchange import Run, overlap
 
+WORKSPACE = 256 * 2**20
+"""Bytes of temporary copies of parameters that a rank may make at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class Holding:

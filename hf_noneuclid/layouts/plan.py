@@ -19,13 +19,10 @@ import torch
 from torch import Tensor
 
 from ..norms import ADAPTIVE_NORMS, Tensors, dot
-from .exchange import Block, Exchange, Run, make_blocks, overlap
+from .exchange import Block, Exchange, Run, make_blocks
 from .ownership import assign, home, polar_flops
-from .pieces import Piece
+from .pieces import WORKSPACE, Piece
 from .ranks import Place, Ranks
-
-# The matrices of a batch are copied together for their polar factors; this bounds the copy on each rank.
-_BATCH_BYTES = 256 * 2**20
 
 
 class Alike(NamedTuple):
@@ -253,10 +250,11 @@ def _owners(
     costs, homes = [], []
     for piece in pieces:
         count, rows, columns = piece.stack or (0, 0, 0)
+        holders = [(run, shard) for shard, run in enumerate(held[piece]) if run[1] > run[0]]
         for i in range(count):
             costs.append(polar_flops(rows, columns, steps))
-            run = (i * rows * columns, (i + 1) * rows * columns)
-            homes.append(home([overlap(run, held_run) for held_run in held[piece]], ranks.replicas))
+            unit = (i * rows * columns, (i + 1) * rows * columns)
+            homes.append(home(unit, holders) if ranks.replicas == 1 else None)
     workers = assign(costs, ranks.count, homes)
     return (divmod(worker, ranks.shards) for worker in workers)
 
@@ -276,7 +274,7 @@ def _cut(pieces: Sequence[Piece], shards: int) -> list[list[Piece]]:
     for piece in sorted(pieces, key=lambda piece: sorted(piece.stack[1:] if piece.stack else ())):
         bytes_here = 4 * prod(piece.stack or ()) // shards
         size += bytes_here
-        if batches[-1] and size > _BATCH_BYTES:
+        if batches[-1] and size > WORKSPACE:
             batches.append([])
             size = bytes_here
         batches[-1].append(piece)
@@ -289,7 +287,7 @@ def _capped(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     size = 0
     for block in blocks:
         size += 4 * prod(block.shape)
-        if batch and size > _BATCH_BYTES:
+        if batch and size > WORKSPACE:
             yield batch
             batch, size = [], 4 * prod(block.shape)
         batch.append(block)

@@ -1,4 +1,4 @@
-"""The processes that train together, and the only four collectives of a step.
+"""The processes that train together, and the collectives of a step.
 
 They stand in a grid of ``replicas`` x ``shards``: along a row each rank holds another shard of every
 parameter, along a column all hold the same one. One device is 1 x 1, DDP n x 1, FSDP2 and ZeRO 1 x n, and
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# How much more than what is wanted an all-gather may move, its parts being padded to one size.
+_PADDING = 1.25
 
 Place = tuple[int, int]
 """Where a rank stands in the grid: (replica, shard)."""
@@ -78,12 +81,29 @@ class Ranks:
         """What each replica holds, as 1-D tensors of the given sizes; x is this replica's."""
         if self.replicas == 1:
             return [x]
-        longest = max(sizes)  # collectives of equal sizes are what every backend has
-        padded = torch.nn.functional.pad(x, (0, longest - x.numel()))
-        gathered = x.new_empty(self.replicas, longest)
-        dist.all_gather_into_tensor(gathered.view(-1), padded, group=self.replica_group)
+        if pads(sizes):
+            return self._all_gather_padded(x, sizes)
+        return self._broadcast_each(x, sizes)
+
+    def _all_gather_padded(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        padded = torch.nn.functional.pad(x, (0, max(sizes) - x.numel()))
+        gathered = list(x.new_empty(self.replicas, max(sizes)))
+        dist.all_gather(gathered, padded, group=self.replica_group)
         self.sent["all_gather"] += padded.nbytes * (self.replicas - 1)
         return [row[:size] for row, size in zip(gathered, sizes, strict=True)]
+
+    def _broadcast_each(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        held = [x if r == self.replica else x.new_empty(size) for r, size in enumerate(sizes)]
+        pending = [
+            dist.broadcast(part, group=self.replica_group, group_src=r, async_op=True)
+            for r, part in enumerate(held)
+            if part.numel()
+        ]
+        for work in pending:
+            work.wait()
+        # In a ring all but the last rank pass a part on.
+        self.sent["broadcast"] += sum(sizes) * x.itemsize * (self.replicas - 1) // self.replicas
+        return held
 
     def agree(self, mine: Any) -> list[Any]:
         """What every rank says, by global rank; while planning only, since it waits for all of them."""
@@ -92,6 +112,14 @@ class Ranks:
         said: list[Any] = [None] * self.count
         dist.all_gather_object(said, mine)
         return said
+
+
+def pads(sizes: Sequence[int]) -> bool:
+    """Whether parts of these sizes are gathered in one collective, padded to the largest.
+
+    One collective is quickest, unless it moves mostly padding; else there is one for each part.
+    """
+    return len(sizes) * max(sizes) <= _PADDING * sum(sizes)
 
 
 def world_size() -> int:

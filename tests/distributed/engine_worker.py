@@ -108,6 +108,7 @@ def train(engine, folder, method, *, callbacks=(), resume=None, save=False, bf16
         "engine": str(trainer.accelerator.distributed_type),
         "parameters": gather_parameters(engine, trainer),
         "polar_flops": flops.count,
+        "bytes_sent": witness.said[-1]["bytes_sent"],
         "state_dtypes": {
             str(x.dtype) for its in find_optimizer(trainer.optimizer).state.values() for x in its.values()
         },

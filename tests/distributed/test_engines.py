@@ -1,4 +1,4 @@
-"""The Trainer on every engine, with two ranks (gloo on the CPU), against one process on the global batches."""
+"""The Trainer on every engine, with two ranks (gloo on the CPU), against one process on the same batches."""
 
 from functools import cache
 from pathlib import Path
@@ -104,6 +104,19 @@ def test_offloaded_state_trains_like_one_process(engine, ran):
     for seen in ran:
         assert distance(seen["offload"]["parameters"], alone("muonmax_momo")["parameters"]) < 1e-4
         assert relative(seen["offload"]["step_size"], alone("muonmax_momo")["step_sizes"]) < 2e-5
+
+
+def test_ranks_send_less_than_all_matrices_and_back(engine, ran):
+    """Of two ranks each sends half of the momentum and half of the directions, or less."""
+    matrices = sum(x.numel() for name, x in ran[0]["muon"]["parameters"].items() if is_matrix(name, x))
+    for seen in ran:
+        sent = seen["muonmax_momo"]["bytes_sent"]
+        assert set(sent) == {"all_reduce", "all_gather" if engine == "ddp" else "all_to_all"}
+        assert 0 < sum(sent.values()) < 4 * matrices * STEPS * 0.55
+
+
+def is_matrix(name, x):
+    return x.dim() > 1 and "embedding" not in name and "frozen" not in name
 
 
 @pytest.mark.parametrize("run", RESUMED)

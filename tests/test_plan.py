@@ -1,0 +1,233 @@
+"""The planning recipe: numbers worked out by hand, what it shares with the optimizer, and what it refuses."""
+
+import json
+import sys
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_noneuclid.layouts import plan as optimizer_plan
+from hf_noneuclid.layouts.exchange import Exchange
+from hf_noneuclid.layouts.ranks import Ranks, pads
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import engine_costs
+import layout_costs
+import plan
+
+GRIDS = {
+    "ddp": (4, 1),
+    "fsdp2": (1, 4),
+    "hsdp": (2, 2),
+    **dict.fromkeys(("zero1", "zero2", "zero3"), (1, 4)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def two_matrices(**options):
+    """Two matrices of 4 x 8 and a vector of 6: P = 70, M = 64, V = 6."""
+    with torch.device("meta"):
+        model = nn.ModuleDict(
+            {
+                "a": nn.Linear(8, 4, bias=False),
+                "b": nn.Linear(8, 4, bias=False),
+                "c": nn.LayerNorm(6, bias=False),
+            }
+        )
+    return layout_costs.shapes_of(model, "muonmax_momo", **options)
+
+
+def costs_of(engine, grid, **options):
+    return layout_costs.Costs(two_matrices(**options), engine, grid)
+
+
+def printed(capsys, *arguments):
+    plan.main(["--json", *arguments])
+    return json.loads(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------ worked out by hand
+
+
+def test_ddp_on_two_gpus():
+    """Each owns a matrix of 32 elements, and hands its direction (2 bytes) to the other."""
+    costs = costs_of("ddp", (2, 1))
+    assert costs.owned.tolist() == [[32], [32]]
+    assert costs.flops.tolist() == [[5 * (4 * 4 * 4 * 8 + 2 * 4**3)]] * 2
+    sent = {name: by_rank.tolist() for name, by_rank in costs.sent_bytes().items()}
+    assert sent == {
+        "momentum": [[0], [0]],
+        "directions": [[0], [0]],
+        "replicas": [[64], [64]],
+        "scalars": [[2 * 4 * (4 + 4) // 2]] * 2,  # 4 scalars; 3 dual norms and ⟨p, m⟩
+    }
+    assert costs.state_bytes().tolist() == [[4 * (70 + 6 + 2)]] * 2
+    assert costs.kept_bytes().tolist() == [[64], [64]]
+
+
+def test_fsdp2_on_two_gpus():
+    """Each holds half the rows of both: 16 elements of momentum go out (4 bytes), 16 of a direction back."""
+    costs = costs_of("fsdp2", (1, 2), nuclear_norm="stale")
+    sent = {name: by_rank.tolist() for name, by_rank in costs.sent_bytes().items()}
+    assert sent == {
+        "momentum": [[64, 64]],
+        "directions": [[32, 32]],
+        "replicas": [[0, 0]],
+        "scalars": [[2 * 4 * (4 + 4 + 2) // 2] * 2],
+    }
+    assert costs.state_bytes().tolist() == [[4 * (35 + 3 + 2 + 2)] * 2]
+    assert costs.kept_bytes().tolist() == [[0, 0]]
+
+
+def test_zero1_on_two_gpus():
+    """70 elements in parts of 36 (an even number): the second matrix has 4 elements on the first GPU."""
+    costs = costs_of("zero1", (1, 2))
+    assert costs.held.tolist() == [[36, 34]]
+    assert costs.flat.tolist() == [[36, 36]]
+    assert costs.second_moment.tolist() == [[0, 6]]
+    assert costs.owned.tolist() == [[32, 32]]
+    assert costs.sent_bytes()["momentum"].tolist() == [[4 * 4, 0]]
+    assert costs.sent_bytes()["directions"].tolist() == [[0, 2 * 4]]
+    assert costs.state_bytes().tolist() == [[4 * (36 + 0 + 2), 4 * (36 + 6 + 2)]]
+
+
+def test_zero3_on_four_gpus_pads_every_parameter():
+    costs = costs_of("zero3", (1, 4))
+    assert costs.held.tolist() == [[18, 18, 18, 16]]
+    assert costs.flat.tolist() == [[18] * 4]
+
+
+def test_two_matrices_leave_two_of_four_gpus_without_any():
+    row = engine_costs.plan_row(costs_of("fsdp2", (1, 4)), "bf16")
+    assert row["idle_ranks"] == 2
+    assert row["polar_flops"]["imbalance"] == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "parameters", "gradients", "master", "sent"),
+    [
+        ("ddp", "bf16", 4 * 70, 8 * 70, 0, 2 * 4 * 70 / 2),
+        ("ddp", "pure_bf16", 2 * 70, 4 * 70, 0, 2 * 2 * 70 / 2),
+        ("fsdp2", "bf16", 4 * 35, 4 * 35, 0, (2 * 2 + 2) * 70 / 2),
+        ("fsdp2", "fp32", 4 * 35, 4 * 35, 0, (2 * 4 + 4) * 70 / 2),
+        ("zero1", "bf16", 2 * 70, 2 * 70, 4 * 36, (2 + 2) * 70 / 2),
+        ("zero2", "bf16", 2 * 70, 2 * 36, 4 * 36, (2 + 2) * 70 / 2),
+        ("zero3", "bf16", 2 * 35, 2 * 35, 4 * 35, (2 * 2 + 2) * 70 / 2),
+    ],
+)
+def test_what_the_engines_keep_and_send(engine, dtype, parameters, gradients, master, sent):
+    row = engine_costs.plan_row(costs_of(engine, (2, 1) if engine == "ddp" else (1, 2)), dtype)
+    held = row["memory_bytes"]
+    assert [held[key] for key in ("parameters", "gradients", "master")] == [parameters, gradients, master]
+    assert row["engine_sent_bytes"] == sent
+
+
+# ------------------------------------------------------------------------- the same as the optimizer's
+
+
+@pytest.mark.parametrize("engine", layout_costs.ENGINES)
+def test_it_counts_what_the_exchanges_of_all_ranks_would_send(engine, monkeypatch):
+    """With batches so small that there are several."""
+    monkeypatch.setattr(optimizer_plan, "WORKSPACE", 10_000)
+    grid = GRIDS[engine]
+    shapes = layout_costs.shapes_of(plan._meta_model(plan.load_config("tiny")), "muonmax_momo")
+    costs = layout_costs.Costs(shapes, engine, grid, "cpu")
+    runs = layout_costs._runs(shapes.pieces, engine, grid[1])
+    for place in np.ndindex(grid):
+        ranks = Ranks(torch.device("cpu"), replicas=grid[0], shards=grid[1], replica=place[0], shard=place[1])
+        batches = optimizer_plan._matrix_batches(shapes.matrices, runs, ranks, 5)
+        exchanges = [batch.exchange for batch in batches]
+        assert len(exchanges) > 1
+        assert costs.owned[place] == sum(prod(block.shape) for x in exchanges for block in x.owned)
+        assert costs.momentum[place] == sum(_sent(x, x._mine[place[0]], place) for x in exchanges)
+        assert costs.directions[place] == sum(_sent(x, x._owned, place) for x in exchanges)
+        assert costs.sent_bytes()["replicas"][place] == sum(_handed_on(x, grid[0]) for x in exchanges)
+
+
+def _handed_on(exchange, replicas):
+    """As ``Ranks.all_gather`` counts it, in float32."""
+    sizes = list(map(sum, exchange._mine))
+    if pads(sizes):
+        return 4 * max(sizes) * (replicas - 1)
+    return 4 * sum(sizes) * (replicas - 1) // replicas
+
+
+def _sent(exchange: Exchange, sizes, place):
+    """As ``Ranks.all_to_all`` counts it."""
+    return sum(sizes) - sizes[place[1]]
+
+
+@pytest.mark.parametrize("engine", layout_costs.ENGINES)
+def test_every_element_is_held_by_each_replica_once_and_owned_once(engine):
+    costs = costs_of(engine, GRIDS[engine])
+    assert (costs.held.sum(axis=1) == 70).all()
+    assert costs.owned.sum() == 64
+    assert (costs.flat >= costs.held).all()
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def test_llama_7b_on_1024_gpus(capsys):
+    said = printed(capsys, "--model", "llama-7b", "--engine", "all", "--gpus", "8", "1024")
+    assert said["parameters"] == 6_738_415_616
+    assert said["matrix_elements"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert len(said["rows"]) == 2 * 6
+    total = 5 * 32 * (4 * 6 * 4096**3 + 3 * (4 * 4096**2 * 11008 + 2 * 4096**3))
+    for row in said["rows"]:
+        flops, gpus = row["polar_flops"], row["gpus"]
+        assert flops["mean"] * gpus == pytest.approx(total)
+        assert 1 <= flops["imbalance"] == flops["max"] / flops["mean"]
+        assert row["idle_ranks"] == max(0, gpus - 224)
+        assert sum(row["memory_bytes"].values()) > 0
+
+
+def test_the_text_states_formulas_and_every_engine(capsys):
+    plan.main(["--model", "gpt2", "--engine", "fsdp2", "zero1", "--gpus", "8", "64"])
+    text = capsys.readouterr().out
+    assert "P = 124,439,808, M = 84,934,656, K = 48, U = 148, V = 39,505,152" in text
+    assert "4 (M - H)/n" in text
+    assert text.count("| fsdp2 | 64 |") == 3  # memory, communication, operations
+    assert "ddp" not in text.split("Formulas:")[1]
+
+
+def test_a_configuration_file_is_a_model(tmp_path, capsys):
+    plan.load_config("tiny").save_pretrained(tmp_path)
+    layer = 4 * 26 + 27 * 78 + 27 * 26 + 27 * 51 + 52 * 26  # norms, attention, then the MLP
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert printed(capsys, "--model", str(name))["parameters"] == (97 + 16 + 2) * 26 + 3 * layer
+
+
+def test_one_gpu_sends_nothing(capsys):
+    said = printed(capsys, "--model", "tiny", "--engine", "ddp", "fsdp2", "zero3", "--gpus", "1")
+    for row in said["rows"]:
+        assert row["sent_bytes"]["sum"]["max"] == row["engine_sent_bytes"] == 0
+        assert row["ratio"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no_such_model"], "--model no_such_model is none of gpt2, gpt2-large, llama-7b"),
+        (["--model", "tiny", "--engine", "zero4"], "invalid choice: 'zero4'"),
+        (["--model", "tiny", "--gpus", "0"], "--gpus 0: at least 1"),
+        (["--model", "tiny", "--gpus", "many"], "invalid int value: 'many'"),
+        (["--model", "tiny", "--engine", "hsdp", "--gpus", "12"], "12 GPUs are no multiple of 8 per node"),
+        (["--model", "tiny", "--optim", "adam"], "unknown method 'adam'"),
+        (["--measure", "--dtype", "bf16"], "--measure trains in float32"),
+    ],
+)
+def test_what_it_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        plan.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
