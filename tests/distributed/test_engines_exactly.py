@@ -1,0 +1,177 @@
+"""Every engine against one process, from the same gradients: parameters, τ, D and nuclear norms to 1e-6.
+
+There is no Trainer here, and the gradients do not depend on the parameters, so nothing but the optimizer can
+make a difference, and what it makes is not multiplied from step to step.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from exact_worker import BROKEN, CASES, STEPS, Replicated, run
+from launching import torchrun
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-6
+RANKS = {"replicated": 2, "fsdp2": 2, "hsdp": 4, "zero1": 2, "zero2": 2, "zero3": 2}
+
+
+def launch(engine, ranks, folder):
+    """What each rank of a run of the worker saw."""
+    torchrun(Path(__file__).with_name("exact_worker.py"), engine, folder, ranks=ranks)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process sees that is given the averages."""
+    return {case: run(Replicated, case) for case in CASES}
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def engine(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(engine, tmp_path_factory):
+    """What each rank of the engine saw."""
+    return launch(engine, RANKS[engine], tmp_path_factory.mktemp(engine))
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    return launch("refusals", 2, tmp_path_factory.mktemp("refusals"))
+
+
+def bad_steps(case):
+    return (case.bad_gradient, case.bad_loss)
+
+
+def relative(x, y):
+    difference = abs(x - y) / max(abs(x), abs(y), sys.float_info.min)
+    return difference if math.isfinite(difference) else math.inf
+
+
+def distance(ours, theirs, case):
+    """The largest relative difference of a parameter at the end, or of a number of a good step."""
+    assert ours["parameters"].keys() == theirs["parameters"].keys()
+    differences = [
+        ((ours["parameters"][name] - x).norm() / x.norm()).item() for name, x in theirs["parameters"].items()
+    ]
+    for step in set(range(STEPS)) - set(bad_steps(case)):
+        one, other = ours["said"][step], theirs["said"][step]
+        assert one["nuclear_norms"].keys() == other["nuclear_norms"].keys()
+        pairs = [(one[key], other[key]) for key in ("step_size", "dual_norm")]
+        pairs += [(one["nuclear_norms"][name], x) for name, x in other["nuclear_norms"].items()]
+        differences += [relative(x, y) for x, y in pairs]
+    return max(x if math.isfinite(x) else math.inf for x in differences)
+
+
+def test_as_many_ranks_run_as_were_asked_for(ranks, engine):
+    assert [seen["ranks"] for seen in ranks] == [RANKS[engine]] * RANKS[engine]
+
+
+def test_momo_truncates_some_of_the_steps_and_not_others(alone):
+    """Else the loss would not be seen in the parameters, or nothing but the loss."""
+    truncated = {
+        case: [said["truncated"] for step, said in enumerate(seen["said"]) if step not in bad_steps(case)]
+        for case, seen in alone.items()
+    }
+    momo = [case for case in CASES if case.method.endswith("_momo")]
+    full = [case for case in momo if case.model == "full" and case.scale == 1]
+    assert sum(any(truncated[case]) and not all(truncated[case]) for case in full) > len(full) / 2
+    assert not any(any(truncated[case]) for case in CASES if case not in momo)
+
+
+def test_parameters_step_sizes_and_norms_are_those_of_one_process(ranks, alone):
+    far = {case: distance(seen[case], alone[case], case) for seen in ranks for case in CASES}
+    assert {case: x for case, x in far.items() if x > TOLERANCE} == {}
+
+
+def test_every_rank_ends_with_the_same_bits(ranks):
+    first = ranks[0]
+    for other in ranks[1:]:
+        for case in CASES:
+            for name, x in first[case]["parameters"].items():
+                assert torch.equal(x, other[case]["parameters"][name]), (case, name)
+            for one, two in zip(first[case]["said"], other[case]["said"], strict=True):
+                for key in ("step_size", "dual_norm", "nuclear_norms", "bad_steps"):
+                    assert one.get(key) == two.get(key), (case, key)
+
+
+def test_what_is_nan_on_one_rank_changes_nothing_on_any(ranks):
+    """Neither parameters nor state, and all other steps do change them."""
+    for seen in ranks:
+        for case in CASES:
+            assert seen[case]["unchanged"] == [step in bad_steps(case) for step in range(STEPS)], case
+
+
+def test_bad_steps_are_counted_on_every_rank(ranks, engine):
+    """Where DeepSpeed sees a NaN in the gradient, it does not call the optimizer."""
+    counted = 1 if engine.startswith("zero") else 2
+    assert {seen[case]["said"][-1]["bad_steps"] for seen in ranks for case in CASES} == {counted}
+
+
+def test_a_matrix_costs_one_float32_momentum_and_nothing_else_as_large(ranks):
+    """Of what the rank holds: no copy of what it owns. The vectors of some norms keep a second moment."""
+    for seen in ranks:
+        for case in CASES:
+            sizes = seen[case]["bytes"]
+            assert sizes["momenta"] == sizes["float32"], case
+            scalars = sizes["all"] - sizes["momenta"] - sizes["second_moments"]
+            # A stale norm for each matrix, the step count and the running loss.
+            assert 0 <= scalars <= 4 * (sizes["units"] + 2), case
+
+
+def test_every_polar_factor_is_computed_once_and_no_rank_computes_most_of_them(ranks, alone):
+    """No more than 0.6 of the operations of one process, which at two ranks would be half."""
+    for case in CASES:
+        whole = alone[case]["flops"] / alone[case]["said"][-1]["steps"]
+        shares = [seen[case]["flops"] / seen[case]["said"][-1]["steps"] for seen in ranks]
+        assert sum(shares) == pytest.approx(whole), case
+        if case.model == "full":
+            assert max(shares) <= 0.6 * whole, case
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_step_is_seen(ranks, alone, engine, fault):
+    """Else the agreement above would say nothing.
+
+    Broken are: the loss (of one rank, not the mean), D (not added up over the ranks), and the matrices on a
+    border between ranks (of which the owner sees only the beginning).
+    """
+    if (engine, fault) == ("replicated", "fragment"):
+        pytest.skip("no matrix lies on a border where every rank holds all")
+    case = BROKEN[fault]
+    assert max(distance(seen[fault], alone[case], case) for seen in ranks) > 1e3 * TOLERANCE
+
+
+MESSAGES = {
+    "FrozenOnOne": "step different parameters: .* with the same parameters frozen",
+    "OtherModel": "step different parameters: .* must train the same model",
+    "WithoutDdp": "the parameters differ between ranks .* DistributedDataParallel",
+    "ByColumns": r"narrow.weight is sharded as .*Shard\(dim=1\).* tensor parallelism is not",
+    "TensorParallel": r"narrow.weight is sharded as .*\('tp',\).* tensor parallelism is not",
+    "NormLeftOut": r"norm\.\w+ is not sharded, though .* Leave no parameter out of fully_shard",
+    **dict.fromkeys(
+        ("Groups1", "Groups2", "Groups3"), "DeepSpeed steps the 3 groups .* Put them into one group"
+    ),
+    "SubGroups": 'in 3 sub-groups.* set "sub_group_size" to [0-9]+ or more',
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_what_cannot_be_right_is_refused_on_every_rank(refusals, name):
+    for seen in refusals:
+        with pytest.raises(RuntimeError, match=MESSAGES[name]):
+            raise RuntimeError(seen[name])
+
+
+def test_the_sub_group_size_that_the_message_names_is_enough(refusals, alone):
+    case = BROKEN["loss"]
+    for seen in refusals:
+        assert distance(seen["as_told"], alone[case], case) <= TOLERANCE
