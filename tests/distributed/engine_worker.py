@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from counting import Flops
 from engines import gather_parameters, make_arguments
 from model import (
     ACCUMULATION,
@@ -30,8 +31,6 @@ from model import (
 )
 from transformers import Trainer, TrainerCallback
 
-from hf_noneuclid import norms
-from hf_noneuclid.layouts.ownership import polar_flops
 from hf_noneuclid.trainer import find_optimizer
 
 SAVED = STEPS // 2
@@ -55,24 +54,6 @@ class Killed(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == SAVED + 2:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Flops:
-    """Counts the operations of the polar factors that this rank computes."""
-
-    def __init__(self):
-        self.count, self._polar_factor = 0, norms.polar_factor
-
-    def __enter__(self):
-        norms.polar_factor = self
-        return self
-
-    def __exit__(self, *error):
-        norms.polar_factor = self._polar_factor
-
-    def __call__(self, m, *, steps, **options):
-        self.count += m.shape[0] * polar_flops(*m.shape[1:], steps)
-        return self._polar_factor(m, steps=steps, **options)
 
 
 def train(engine, folder, method, *, callbacks=(), resume=None, save=False, bf16=False, **options):

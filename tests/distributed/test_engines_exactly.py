@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_worker import BROKEN, CASES, STEPS, Replicated, run
+from exact_cases import BROKEN, CASES, STEPS
+from exact_engines import Replicated
+from exact_run import run
 from launching import torchrun
 
 pytestmark = pytest.mark.distributed
