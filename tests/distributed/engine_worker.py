@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from counting import Flops
 from engines import gather_parameters, make_arguments
-from model import (
+from network import (
     ACCUMULATION,
     BATCH,
     CLIP,

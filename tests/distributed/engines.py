@@ -2,7 +2,7 @@
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from model import flat
+from network import flat
 from transformers import TrainingArguments
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from engines import ENGINES
 from launching import torchrun
-from model import METHODS, RANKS, STEPS, distance, learning_rate, relative, train_alone
+from network import METHODS, RANKS, STEPS, distance, learning_rate, relative, train_alone
 
 pytestmark = pytest.mark.distributed
 
