@@ -21,6 +21,8 @@ Places = dict[Piece, slice]
 
 _ON_DEVICE = ("step", "running_loss", "nuclear_norm")
 
+_CACHE = 4 * 2**20
+
 UNSET = -1.0
 """A stale nuclear norm that has not been measured yet."""
 
@@ -194,7 +196,8 @@ def _chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     size = 0
     for piece in pieces:
         size += 4 * piece.size
-        if chunk and size > WORKSPACE:
+        # A CPU finds in its cache again what it has just written, if that is not much.
+        if chunk and size > (_CACHE if piece.tensor.device.type == "cpu" else WORKSPACE):
             yield chunk
             chunk, size = [], 4 * piece.size
         chunk.append(piece)
@@ -211,6 +214,11 @@ def _average(averages: list[Tensor], values: Sequence[Tensor], weight: Tensor) -
     """averages += weight (values - averages)."""
     if not averages:
         return
+    weight = weight.to(averages[0].device)
+    if weight.device.type == "cpu":  # one pass over memory, where foreach needs three
+        for average, value in zip(averages, values, strict=True):
+            average.lerp_(value, weight.to(average.dtype))
+        return
     difference = torch._foreach_sub(list(values), averages)
-    torch._foreach_mul_(difference, weight.to(averages[0].device))
+    torch._foreach_mul_(difference, weight)
     torch._foreach_add_(averages, difference)

@@ -124,7 +124,7 @@ class Spectral:
         return polar_factor(m, method=self.polar_method, steps=self.polar_steps)
 
     def dtype(self, momentum: torch.dtype, device: torch.device) -> torch.dtype:
-        """The dtype of the directions."""
+        """The dtype that holds every direction."""
         return momentum if self.polar_method == "svd" else compute_dtype(momentum, device)
 
     def dual(self, m: Tensor, direction: Tensor) -> Tensor:

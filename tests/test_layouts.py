@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_noneuclid import NonEuclideanDescent
 from hf_noneuclid.layouts import dtensor, zero
 from hf_noneuclid.layouts.exchange import Exchange, make_blocks, overlap
-from hf_noneuclid.layouts.ownership import assign, home, polar_flops
+from hf_noneuclid.layouts.ownership import assign, home
 from hf_noneuclid.layouts.pieces import Holding, Piece
 from hf_noneuclid.layouts.plan import make_plan
 from hf_noneuclid.layouts.ranks import Ranks
-from hf_noneuclid.polar import polar_factor
+from hf_noneuclid.polar import polar_factor, polar_flops
 
 CPU = torch.device("cpu")
 TOLERANCE = 1.05  # of an even share

@@ -2,18 +2,21 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from hf_noneuclid.polar import POLAR_METHODS, polar_factor
+from hf_noneuclid.polar import POLAR_METHODS, cheaper_form, form_flops, polar_factor
+
+FORMS = ("direct", "gram")
 
 # Where five steps leave singular values that lie between 1e-3 and 1 times the Frobenius norm.
 SPREAD = {
     ("polar_express", torch.float32): (0.876, 1.124),
-    ("polar_express", torch.bfloat16): (0.841, 1.125),
+    ("polar_express", torch.bfloat16): (0.838, 1.138),
     ("newton_schulz", torch.float32): (0.470, 1.203),
-    ("newton_schulz", torch.bfloat16): (0.467, 1.203),
+    ("newton_schulz", torch.bfloat16): (0.460, 1.207),
     ("svd", torch.float32): (1.0, 1.0),
 }
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-3}
 
 
 def matrix_with(singular_values, columns):
@@ -29,14 +32,15 @@ def exact_polar(m):
     return u @ vh
 
 
+@pytest.mark.parametrize("columns", [200, 800])
 @pytest.mark.parametrize(("method", "dtype"), SPREAD)
-def test_spread_of_singular_values(method, dtype):
+def test_spread_of_singular_values(method, dtype, columns):
     values = torch.logspace(-3, 0, 200)
     values = values / values.norm()  # so the smallest is below 1e-3 of the Frobenius norm
     values = values[values >= 1e-3]
     low, high = SPREAD[method, dtype]
     got = torch.linalg.svdvals(
-        polar_factor(matrix_with(values, 300).float(), method=method, dtype=dtype).double()
+        polar_factor(matrix_with(values, columns).float(), method=method, dtype=dtype).double()
     )
     assert got.min() >= low - TOLERANCE[dtype]
     assert got.max() <= high + TOLERANCE[dtype]
@@ -110,6 +114,60 @@ def test_rank_deficient_matrices_become_partial_isometries(method):
     low, high = SPREAD[method, torch.float32]
     assert values[:2].min() > low - 1e-3
     assert values[:2].max() < high + 1e-3
+
+
+ILL = torch.logspace(0, -5, 24)
+KINDS = {
+    "random": lambda: torch.randn(24, 96, generator=torch.Generator().manual_seed(7)),
+    "square": lambda: torch.randn(24, 24, generator=torch.Generator().manual_seed(7)),
+    "ill-conditioned": lambda: matrix_with(ILL, 96).float(),
+    "ill-conditioned, square": lambda: matrix_with(ILL, 24).float(),
+    "of low rank": lambda: matrix_with(torch.where(torch.arange(24) < 5, 1.0, 0.0), 96).float(),
+    "with a few large values": lambda: matrix_with(torch.arange(1, 25) ** -1.5, 96).float(),
+    "zero": lambda: torch.zeros(24, 96),
+    "tiny": lambda: 1e-30 * torch.randn(24, 96, generator=torch.Generator().manual_seed(7)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
+@pytest.mark.parametrize("steps", [1, 3, 5, 8])
+def test_both_forms_are_the_same_in_float64(method, steps, kind):
+    m = KINDS[kind]().double()
+    direct, gram = (polar_factor(m, method=method, steps=steps, form=form) for form in FORMS)
+    torch.testing.assert_close(gram, direct, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gram_form_is_as_accurate_as_the_direct_one(method, dtype, kind):
+    """Squaring loses small singular values, but makes up none."""
+    m = KINDS[kind]()
+    exact = polar_factor(m.double(), method="svd")
+    error = {
+        form: (polar_factor(m, method=method, dtype=dtype, form=form).double() - exact).norm() / 24**0.5
+        for form in FORMS
+    }
+    assert error["gram"] <= 1.08 * error["direct"] + 1e-3
+    values = torch.linalg.svdvals(polar_factor(m, method=method, dtype=dtype, form="gram").float())
+    assert values.max() < SPREAD[method, dtype][1] + 0.02
+
+
+def test_the_cheaper_form_is_the_default():
+    assert cheaper_form(768, 768, 5) == "direct"
+    assert cheaper_form(768, 3072, 5) == cheaper_form(3072, 768, 5) == "gram"
+    m = torch.randn(8, 64, generator=torch.Generator().manual_seed(8))
+    assert torch.equal(polar_factor(m), polar_factor(m, form="gram"))
+    assert not torch.equal(polar_factor(m), polar_factor(m, form="direct"))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 6])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_operations_of_a_form_are_those_of_its_products(form, steps):
+    with FlopCounterMode(display=False) as counter:
+        polar_factor(torch.randn(12, 50), steps=steps, form=form)
+    assert counter.get_total_flops() == form_flops(12, 50, steps)[form]
 
 
 def test_the_input_is_left_alone():

@@ -13,14 +13,6 @@ _TOLERANCE = 1.05
 _NEARLY_ALL = 0.9
 
 
-def polar_flops(rows: int, columns: int, steps: int = 5) -> int:
-    """Floating-point operations of the iterative polar factor of one matrix."""
-    n, m = sorted((rows, columns))
-    if n == 1:
-        return 3 * m
-    return steps * (4 * n * n * m + 2 * n**3)
-
-
 def assign(costs: Sequence[int], workers: int, homes: Sequence[int | None]) -> list[int]:
     """An owner for every matrix, such that all workers compute about as much.
 

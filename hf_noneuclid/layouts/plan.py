@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..norms import ADAPTIVE_NORMS, Tensors, dot
+from ..polar import polar_flops
 from .exchange import Block, Exchange, Run, make_blocks
-from .ownership import assign, home, polar_flops
+from .ownership import assign, home
 from .pieces import WORKSPACE, Piece
 from .ranks import Place, Ranks
 

@@ -1,7 +1,7 @@
 """Counts what a rank computes."""
 
 from hf_noneuclid import norms
-from hf_noneuclid.layouts.ownership import polar_flops
+from hf_noneuclid.polar import polar_flops
 
 
 class Flops:
