@@ -20,14 +20,13 @@ import hf_noneuclid
 from hf_noneuclid.layouts import replicated
 from hf_noneuclid.layouts.dtensor import row_run
 from hf_noneuclid.layouts.exchange import Block, Run
-from hf_noneuclid.layouts.ownership import polar_flops
 from hf_noneuclid.layouts.pieces import WORKSPACE, Piece, make_pieces
 from hf_noneuclid.layouts.plan import _alike, _matrix_batches
 from hf_noneuclid.layouts.ranks import Ranks, pads
 from hf_noneuclid.layouts.zero import flat_run
 from hf_noneuclid.norms import ADAPTIVE_NORMS
 from hf_noneuclid.options import parameter_names
-from hf_noneuclid.polar import compute_dtype
+from hf_noneuclid.polar import compute_dtype, polar_flops
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 STATE_BYTES = 4  # momentum, second moment and scalars are float32, whatever the weights are

@@ -58,7 +58,7 @@ def test_a_deepspeed_config_that_keeps_the_optimizer_is_accepted(engine, config)
 
 def test_megatron_is_refused(engine):
     engine(DistributedType.MEGATRON_LM)
-    with pytest.raises(RuntimeError, match="Megatron-LM .*FSDP2"):
+    with pytest.raises(RuntimeError, match=r"Megatron-LM .*FSDP2"):
         engines.check_engine()
     assert not engines.steps_group_by_group()
 
