@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from .diagnostics import FATAL_RUN
 from .history import History
 from .layouts.exchange import Block
-from .layouts.plan import Batch, Plan
+from .layouts.pieces import Piece, lots
+from .layouts.plan import Batch, Plan, move
 from .norms import Spectral, Tensors, VectorNorm, vector_norm
 
 
@@ -40,6 +41,7 @@ class Geometry:
         self._mode: str = options["nuclear_norm"]
         self._eps: float = options["eps"]
         self._kept: dict[Batch, Polars] = {}
+        self._next_norms: list[tuple[Batch, Tensor]] = []
         # How long a stale norm may be unset still: a bad first step sets none, and ten of them are fatal.
         self._unsettled_steps = FATAL_RUN if self._mode == "stale" else 0
 
@@ -49,10 +51,7 @@ class Geometry:
         Added up over the ranks, it is what ``dual`` takes.
         """
         if not batch.exchange:
-            partials = iter(self._vector_norm(batch).partial(*self._moments(batch)) if batch.here else ())
-            zero = self._plan.scalar(0.0)
-            partial = self._plan.stack(next(partials) if piece.size else zero for piece in batch.pieces)
-            return self._plan.ranks.once(partial)
+            return self._plan.ranks.once(self._vector_partial(batch))
         if self._mode == "frobenius":
             return self._plan.ranks.once(self._squares(batch))
         if self._mode == "exact" or self._unsettled_steps:
@@ -71,42 +70,50 @@ class Geometry:
         stale = self._history.stale_norms(batch.pieces)
         return torch.where(stale < 0, partial, stale)
 
-    def directions(self, batch: Batch, dual: Tensor) -> tuple[Tensors, Tensor | None]:
-        """The steepest directions u of the pieces of a batch that are here.
+    def move(self, batch: Batch, dual: Tensor, coefficients: Tensor, decay_rate: Tensor) -> None:
+        """p ← (1 - ηλ) p + coefficient u.
 
         Args:
             batch: Of the plan.
-            dual: What ``dual`` said of it in this step.
-
-        Returns:
-            The directions, in the shapes of the parameters' parts, and, where they will be needed in the
-            next step, this rank's share of the nuclear norms, of shape (units,).
+            dual: What the method of that name said of it in this step.
+            coefficients: Of shape (units,).
+            decay_rate: η, 0-d, or 0 if nothing may move.
         """
-        if not batch.exchange:
-            if not batch.here:
-                return [], None
-            by_piece = zip(batch.pieces, dual.unbind(), strict=True)
-            d = [x for piece, x in by_piece if piece.size]
-            return self._vector_norm(batch).direction(*self._moments(batch), d), None
-        polars = self._kept.pop(batch, None) or self._polars(batch)
-        dtype = self._spectral.dtype(self._history.dtype(batch.pieces[0]), self._plan.device)
-        runs = batch.exchange.scatter(polars.factors, dtype)
-        by_run = zip(batch.pieces, runs, strict=True)
-        directions = [run.view(piece.value.shape) for piece, run in by_run if piece.size]
-        return directions, polars.nuclear_norms if self._mode == "stale" else None
+        rate = batch.pieces[0].weight_decay
+        decay = decay_rate * rate if rate else None
+        values = [piece.value for piece in batch.here]
+        if batch.exchange:
+            directions = self._directions(batch)  # all ranks take part, even if nothing of it is here
+            if values:
+                move(values, directions, batch.spread(coefficients), decay)
+            return
+        norm, (m, v) = self._vector_norm(batch), self._moments(batch)
+        spread = batch.spread(coefficients / norm.length(dual))
+        for places, (params, m_, v_) in lots(values, m, v or m):
+            move(params, norm.ray(m_, v_), [spread[i] for i in places], decay)
 
-    def end_step(self, nuclear_norms: Sequence[tuple[Batch, Tensor]], ok: Tensor) -> None:
-        """To be called when all directions have been taken.
+    def _directions(self, batch: Batch) -> Tensors:
+        """Of matrices, in the shapes of this rank's parts."""
+        assert batch.exchange is not None
+        polars = self._kept.pop(batch, None) or self._polars(batch)
+        if self._mode == "stale":
+            self._next_norms.append((batch, polars.nuclear_norms))
+        dtype = self._spectral.dtype(self._history.dtype(batch.pieces[0]), self._plan.device)
+        runs = zip(batch.pieces, batch.exchange.scatter(polars.factors, dtype), strict=True)
+        return [run.reshape(piece.value.shape) for piece, run in runs if piece.size]
+
+    def end_step(self, ok: Tensor) -> None:
+        """To be called when all batches have moved.
 
         Args:
-            nuclear_norms: Of the batches of matrices, this rank's shares.
             ok: Whether the step was taken; a bad one leaves the stale norms as they are.
         """
         self._unsettled_steps = max(0, self._unsettled_steps - 1)
-        if nuclear_norms:
-            norms = self._plan.ranks.sum(torch.cat([norms for _, norms in nuclear_norms]))
-            pieces = [piece for batch, _ in nuclear_norms for piece in batch.pieces]
+        if self._next_norms:
+            norms = self._plan.ranks.sum(torch.cat([norms for _, norms in self._next_norms]))
+            pieces = [piece for batch, _ in self._next_norms for piece in batch.pieces]
             self._history.keep_norms(pieces, norms, ok)
+            self._next_norms = []
 
     def _polars(self, batch: Batch) -> Polars:
         """The polar factors of the matrices that this rank owns."""
@@ -129,6 +136,16 @@ class Geometry:
         momenta = zip(batch.pieces, self._history.momenta(batch.pieces), strict=True)
         parts = [part for piece, m in momenta for part in torch.split(m.reshape(-1), piece.unit_sizes())]
         return self._plan.stack(torch._foreach_norm(parts)).square()
+
+    def _vector_partial(self, batch: Batch) -> Tensor:
+        norm, (m, v) = self._vector_norm(batch), self._moments(batch)
+        sums: dict[Piece, Tensor] = {}
+        for places, (m_, v_) in lots(m, v or m):
+            for i, partial in zip(places, norm.partial(m_, norm.ray(m_, v_)), strict=True):
+                piece = batch.here[i]
+                sums[piece] = sums[piece] + partial if piece in sums else partial
+        zero = self._plan.scalar(0.0)
+        return self._plan.stack(sums.get(piece, zero) for piece in batch.pieces)
 
     def _moments(self, batch: Batch) -> tuple[Tensors, Tensors]:
         return self._history.momenta(batch.here), self._history.second_moments(batch.here)

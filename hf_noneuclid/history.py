@@ -7,21 +7,19 @@ tensor that stands in the state of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layouts.pieces import WORKSPACE, Piece
+from .layouts.pieces import Piece, lots
 from .norms import ADAPTIVE_NORMS
 
 State = MutableMapping[Tensor, dict[str, Any]]
 Places = dict[Piece, slice]
 
 _ON_DEVICE = ("step", "running_loss", "nuclear_norm")
-
-_CACHE = 4 * 2**20
 
 UNSET = -1.0
 """A stale nuclear norm that has not been measured yet."""
@@ -132,19 +130,11 @@ class History:
         grad_of = dict(zip(here, grads, strict=True))
         for everywhere in self._cohorts:
             step = self._step(everywhere)
-            weights = _weight(step, momentum, ok), _weight(step, beta2, ok)
-            for cohort in _chunks([piece for piece in everywhere if piece.size]):
-                self._average(cohort, [grad_of[piece] for piece in cohort], ok, *weights)
-
-    def _average(
-        self, pieces: Sequence[Piece], grads: Sequence[Tensor], ok: Tensor, of_m: Tensor, of_v: Tensor
-    ) -> None:
-        m, v = self.momenta(pieces), self.second_moments(pieces)
-        # A bad gradient is replaced by m before its weight 0 meets it: 0 times NaN is NaN.
-        g = [torch.where(ok.to(x.device), grad, x).to(x.dtype) for grad, x in zip(grads, m, strict=True)]
-        adaptive = [x for piece, x in zip(pieces, g, strict=True) if piece.norm in ADAPTIVE_NORMS]
-        _average(v, [x * x for x in adaptive], of_v)
-        _average(m, g, of_m)
+            cohort = [piece for piece in everywhere if piece.size]
+            adaptive = [piece for piece in cohort if piece in self._second]
+            m, v = self.momenta(cohort), self.second_moments(cohort)
+            _average(v, [grad_of[piece] for piece in adaptive], _weight(step, beta2, ok), ok, square=True)
+            _average(m, [grad_of[piece] for piece in cohort], _weight(step, momentum, ok), ok)
 
     def accumulate_loss(self, value: Tensor, ok: Tensor, *, momentum: float) -> None:
         """f̄ takes in f - Σ⟨p, g⟩."""
@@ -190,35 +180,31 @@ def _zeros_like(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=dtype)
 
 
-def _chunks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces whose temporary copies together fit into the workspace; one alone may exceed it."""
-    chunk: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        size += 4 * piece.size
-        # A CPU finds in its cache again what it has just written, if that is not much.
-        if chunk and size > (_CACHE if piece.tensor.device.type == "cpu" else WORKSPACE):
-            yield chunk
-            chunk, size = [], 4 * piece.size
-        chunk.append(piece)
-    if chunk:
-        yield chunk
-
-
 def _weight(step: Tensor, beta: float, ok: Tensor) -> Tensor:
     """1 at the first good step, 1 - β after it, 0 at a bad one."""
     return (1 - step).clamp(min=1 - beta) * ok
 
 
-def _average(averages: list[Tensor], values: Sequence[Tensor], weight: Tensor) -> None:
-    """averages += weight (values - averages)."""
-    if not averages:
-        return
-    weight = weight.to(averages[0].device)
+def _average(
+    averages: Sequence[Tensor], grads: Sequence[Tensor], weight: Tensor, ok: Tensor, *, square: bool = False
+) -> None:
+    """averages += weight (grads - averages), or with their squares; nothing changes where ok is False."""
+    for _, (average, grad) in lots(averages, grads):
+        value = [g.to(a.dtype) for a, g in zip(average, grad, strict=True)]
+        if square:
+            value = [x * x for x in value]
+        # A bad gradient is replaced before its weight 0 meets it: 0 times NaN is NaN.
+        here = ok.to(average[0].device)
+        _lerp(average, [torch.where(here, x, a) for a, x in zip(average, value, strict=True)], weight)
+
+
+def _lerp(starts: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
+    """starts += weight (ends - starts)."""
+    weight = weight.to(starts[0].device)
     if weight.device.type == "cpu":  # one pass over memory, where foreach needs three
-        for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, weight.to(average.dtype))
+        for start, end in zip(starts, ends, strict=True):
+            start.lerp_(end, weight.to(start.dtype))
         return
-    difference = torch._foreach_sub(list(values), averages)
-    torch._foreach_mul_(difference, weight)
-    torch._foreach_add_(averages, difference)
+    torch._foreach_sub_(ends, starts)
+    torch._foreach_mul_(ends, weight)
+    torch._foreach_add_(starts, ends)

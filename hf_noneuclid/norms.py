@@ -53,31 +53,35 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
 class VectorNorm(ABC):
     """A norm that is computed entry by entry.
 
-    Every method takes the momenta m (and, where the norm is adaptive, the second moments v) of several
-    parameters as lists of tensors of any shape, float32 or float64.
+    Every method takes several parameters as lists of tensors of any shape, float32 or float64: the momenta
+    m, the second moments v (where the norm is adaptive), and rays.
     """
 
     @abstractmethod
-    def partial(self, m: Tensors, v: Tensors) -> Tensors:
+    def ray(self, m: Tensors, v: Tensors) -> Tensors:
+        """New tensors that point in the steepest directions, not yet of unit length."""
+
+    @abstractmethod
+    def partial(self, m: Tensors, ray: Tensors) -> Tensors:
         """One 0-d tensor per parameter; what this adds up to over a parameter's pieces, ``dual`` takes."""
 
     def dual(self, partial: Tensor) -> Tensor:
         """The dual norms d, from the (summed) partials stacked in one tensor of shape (parameters,)."""
         return partial
 
-    @abstractmethod
-    def direction(self, m: Tensors, v: Tensors, d: Tensors) -> Tensors:
-        """The steepest directions u, as new tensors; d holds the dual norms as 0-d tensors."""
+    def length(self, d: Tensor) -> Tensor:
+        """How long the rays are, by the dual norms d of shape (parameters,): u is the ray divided by it."""
+        return torch.ones_like(d)
 
 
 class LInf(VectorNorm):
     """ℓ∞: the direction of sign descent."""
 
-    def partial(self, m: Tensors, v: Tensors) -> Tensors:
-        return torch._foreach_norm(m, 1)
-
-    def direction(self, m: Tensors, v: Tensors, d: Tensors) -> Tensors:
+    def ray(self, m: Tensors, v: Tensors) -> Tensors:
         return torch._foreach_sign(m)
+
+    def partial(self, m: Tensors, ray: Tensors) -> Tensors:
+        return torch._foreach_norm(m, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +90,16 @@ class AdaLInf(VectorNorm):
 
     eps: float = 1e-8
 
-    def partial(self, m: Tensors, v: Tensors) -> Tensors:
-        return [dot(*pair) for pair in zip(m, self._divided(m, v), strict=True)]
-
-    def direction(self, m: Tensors, v: Tensors, d: Tensors) -> Tensors:
-        return self._divided(m, v)
-
-    def _divided(self, m: Tensors, v: Tensors) -> Tensors:
+    def ray(self, m: Tensors, v: Tensors) -> Tensors:
         """m / a."""
         a = torch._foreach_sqrt(v)
         torch._foreach_add_(a, self.eps)
-        return torch._foreach_div(m, a)
+        torch._foreach_reciprocal_(a)
+        torch._foreach_mul_(a, m)
+        return a
+
+    def partial(self, m: Tensors, ray: Tensors) -> Tensors:
+        return [dot(*pair) for pair in zip(m, ray, strict=True)]
 
 
 class AdaL2(AdaLInf):
@@ -105,11 +108,9 @@ class AdaL2(AdaLInf):
     def dual(self, partial: Tensor) -> Tensor:
         return partial.sqrt()
 
-    def direction(self, m: Tensors, v: Tensors, d: Tensors) -> Tensors:
-        u = self._divided(m, v)
+    def length(self, d: Tensor) -> Tensor:
         # Where d is 0, so is m: any divisor but 0 gives the direction 0.
-        torch._foreach_div_(u, [torch.where(x == 0, 1, x) for x in d])
-        return u
+        return torch.where(d == 0, 1, d)
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,13 +276,9 @@ class NonEuclideanDescent(Optimizer):
     def _apply(self, plan: Plan, decided: Decided, measured: Measured) -> None:
         """Phase 4: p ← (1 - ηλ) p + coefficient u."""
         coefficients = torch.split(decided.coefficients, [batch.units for batch in plan.batches])
-        norms = []
         for batch, coefficient in zip(plan.batches, coefficients, strict=True):
-            directions, nuclear = self._geometry.directions(batch, measured.duals[batch])
-            batch.move(directions, coefficient, decided.decay_rate)
-            if nuclear is not None:
-                norms.append((batch, nuclear))
-        self._geometry.end_step(norms, decided.ok)
+            self._geometry.move(batch, measured.duals[batch], coefficient, decided.decay_rate)
+        self._geometry.end_step(decided.ok)
 
     # ---------------------------------------------------------------- what the phases use
 

@@ -90,13 +90,15 @@ def polar_factor(
     if m.shape[-2] > m.shape[-1]:
         return polar_factor(m.mT, method=method, steps=steps, dtype=dtype, form=form).mT
     dtype = dtype or compute_dtype(m.dtype, m.device, m.shape[-2])
-    x = _normalise(m)
+    if method == "svd" and dtype not in (torch.float32, torch.float64):
+        dtype = torch.float32
+    x = _normalise(m, dtype)
     if m.shape[-2] == 1:
-        return x.to(dtype)
+        return x
     if method == "svd":
-        return _svd_polar(x.to(dtype) if dtype in (torch.float32, torch.float64) else x)
+        return _svd_polar(x)
     polynomials = list(_coefficients(method, steps, dtype))
-    return _iterate(x.to(dtype), polynomials, form or cheaper_form(m.shape[-2], m.shape[-1], steps))
+    return _iterate(x, polynomials, form or cheaper_form(m.shape[-2], m.shape[-1], steps))
 
 
 def cheaper_form(rows: int, columns: int, steps: int) -> Form:
@@ -151,12 +153,13 @@ def _cpu_multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
-def _normalise(m: Tensor) -> Tensor:
-    """``m / ‖m‖_F`` in float32 or better, 0 where m is 0, whatever the magnitude of m."""
+def _normalise(m: Tensor, dtype: torch.dtype) -> Tensor:
+    """``m / ‖m‖_F``, computed in float32 or better, 0 where m is 0, whatever the magnitude of m."""
     m = m if m.dtype == torch.float64 else m.float()
     # By the largest entry first: the squares of 1e-30 or 1e30 do not exist in float32.
     x = m / _one_if_zero(torch.linalg.vector_norm(m, torch.inf, dim=(-2, -1), keepdim=True))
-    return x.div_(_one_if_zero(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)))
+    length = _one_if_zero(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True))
+    return torch.div(x, length, out=torch.empty_like(x, dtype=dtype))
 
 
 def _one_if_zero(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import hf_noneuclid
 from hf_noneuclid.layouts import replicated
 from hf_noneuclid.layouts.dtensor import row_run
 from hf_noneuclid.layouts.exchange import Block, Run
-from hf_noneuclid.layouts.pieces import WORKSPACE, Piece, make_pieces
+from hf_noneuclid.layouts.pieces import Piece, make_pieces, workspace
 from hf_noneuclid.layouts.plan import _alike, _matrix_batches
 from hf_noneuclid.layouts.ranks import Ranks, pads
 from hf_noneuclid.layouts.zero import flat_run
@@ -111,6 +111,7 @@ class Costs:
 
     def __init__(self, shapes: Shapes, engine: str, grid: Grid, device: str = "cuda") -> None:
         self.shapes, self.engine, self.grid = shapes, engine, grid
+        self._limit = workspace(torch.device(device))
         self.direction_bytes: int = compute_dtype(torch.float32, torch.device(device)).itemsize
         runs = _runs(shapes.pieces, engine, grid[1])
         sizes = np.array([[stop - start for start, stop in runs[piece]] for piece in shapes.pieces])
@@ -163,7 +164,9 @@ class Costs:
         """Bytes that a batch needs at its worst moment, the polar factors that are kept not counted."""
         iterating, c = self._zeros.copy(), self.direction_bytes
         for owner, blocks in by_owner.items():
-            iterating[owner] = max(self._iterating(group.blocks) for group in _alike(blocks, _CPU))
+            iterating[owner] = max(
+                self._iterating(group.blocks) for group in _alike(blocks, _CPU, self._limit)
+            )
         copies = self.grid[1] > 1  # of momenta; where nothing is sharded, they are used where they are
         factors = c * owned * (self.shapes.options["nuclear_norm"] != "exact")
         gathering = STATE_BYTES * copies * (here + 2 * owned)
@@ -197,7 +200,7 @@ class Costs:
         a time; there are no polar factors then. Later, what a batch needs.
         """
         largest = max(_elements(piece) for piece in self.shapes.pieces)
-        at_once = np.minimum(self.held, max(WORKSPACE // STATE_BYTES, largest))
+        at_once = np.minimum(self.held, max(self._limit // STATE_BYTES, largest))
         averaging = 2 * STATE_BYTES * at_once
         return np.maximum(self._batch, averaging - self.kept_bytes())
 

@@ -152,15 +152,17 @@ class Exchange:
         return [torch.cat(fragments[block]).view(block.shape) for block in self.owned]
 
     def scatter(self, factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Hands out what the owners computed.
+        """Hands out what the owners computed; on one rank, as it is.
 
         Args:
             factors: One tensor of shape (matrices, rows, columns) for each of ``owned``.
             dtype: What they are sent in.
 
         Returns:
-            This rank's part of each parameter's direction, 1-D.
+            This rank's part of each parameter's direction, of any shape.
         """
+        if self._ranks.replicas == self._ranks.shards == 1:
+            return list(factors)
         flat = [factor.to(dtype).reshape(-1) for factor in factors]
         if self._ranks.shards > 1:
             flat = [
@@ -168,8 +170,6 @@ class Exchange:
                 for held in self._held
                 for b, x in zip(self.owned, flat, strict=True)
             ]
-        elif self._ranks.replicas == 1:
-            return flat
         mine = _join(flat, dtype, self._ranks.device)
         mine = self._ranks.all_to_all(mine, self._owned, self._mine[self._ranks.replica])
         by_replica = self._ranks.all_gather(mine, [sum(sizes) for sizes in self._mine])

@@ -22,7 +22,7 @@ from ..norms import ADAPTIVE_NORMS, Tensors, dot
 from ..polar import polar_flops
 from .exchange import Block, Exchange, Run, make_blocks
 from .ownership import assign, home
-from .pieces import WORKSPACE, Piece
+from .pieces import WORKSPACE, Piece, workspace
 from .ranks import Place, Ranks
 
 
@@ -62,25 +62,28 @@ class Batch:
     alike: tuple[Alike, ...] = ()
     """The matrices that this rank owns."""
 
-    def move(self, directions: Tensors, coefficients: Tensor, decay_rate: Tensor) -> None:
-        """p ← (1 - ηλ) p + coefficient u, rounded once to the dtype of p.
+    def spread(self, by_unit: Tensor) -> list[Tensor]:
+        """Numbers of shape (units,) in shapes that broadcast over the pieces that are here."""
+        by_piece = zip(self.pieces, torch.split(by_unit, self.counts), strict=True)
+        return [piece.spread(x) for piece, x in by_piece if piece.size]
 
-        Args:
-            directions: Of the pieces ``here``.
-            coefficients: Of shape (units,).
-            decay_rate: η, 0-d.
-        """
-        if not self.here:
-            return
-        params = [piece.value for piece in self.here]
-        wide, device = [widened(param) for param in params], params[0].device
-        if decay := self.pieces[0].weight_decay:
-            torch._foreach_mul_(wide, (1 - decay_rate * decay).to(device))
-        by_piece = zip(self.pieces, torch.split(coefficients.to(device), self.counts), strict=True)
-        parts = [piece.spread(c) for piece, c in by_piece if piece.size]
-        torch._foreach_addcmul_(wide, [u.to(device) for u in directions], parts)
-        if wide[0] is not params[0]:
-            torch._foreach_copy_(params, wide)
+
+def move(params: Tensors, directions: Tensors, coefficients: Tensors, decay: Tensor | None) -> None:
+    """p ← (1 - decay) p + coefficient u, rounded once to the dtype of p.
+
+    Args:
+        params: This rank's parts of parameters, of one dtype and device.
+        directions: Of their shapes.
+        coefficients: Broadcast over them.
+        decay: ηλ, 0-d, or None for none.
+    """
+    wide, device = [widened(param) for param in params], params[0].device
+    if decay is not None:
+        torch._foreach_mul_(wide, (1 - decay).to(device))
+    u, c = ([x.to(device) for x in xs] for xs in (directions, coefficients))
+    torch._foreach_addcmul_(wide, u, c)
+    if wide[0] is not params[0]:
+        torch._foreach_copy_(params, wide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,16 +233,20 @@ def _matrix_batches(
         blocks = make_blocks(stacks, [next(owners) for stack in stacks for _ in range(stack[0])])
         shards = [[held[piece][shard] for piece in batch] for shard in range(ranks.shards)]
         exchange = Exchange(blocks, shards, ranks)
-        made.append(Batch(tuple(batch), exchange, tuple(_alike(exchange.owned, ranks.device))))
+        made.append(
+            Batch(
+                tuple(batch), exchange, tuple(_alike(exchange.owned, ranks.device, workspace(ranks.device)))
+            )
+        )
     return made
 
 
-def _alike(blocks: Iterable[Block], device: torch.device) -> Iterator[Alike]:
+def _alike(blocks: Iterable[Block], device: torch.device, limit: int) -> Iterator[Alike]:
     def shape(block: Block) -> list[int]:
         return sorted(block.shape[1:])
 
     for _, same in groupby(sorted(blocks, key=shape), shape):
-        for capped in _capped(same):
+        for capped in _capped(same, limit):
             units = [unit for block in capped for unit in block.units]
             yield Alike(capped, torch.tensor(units, device=device))
 
@@ -282,13 +289,13 @@ def _cut(pieces: Sequence[Piece], shards: int) -> list[list[Piece]]:
     return batches
 
 
-def _capped(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+def _capped(blocks: Iterable[Block], limit: int) -> Iterator[list[Block]]:
     """Blocks whose matrices together fit into the workspace; one alone may exceed it."""
     batch: list[Block] = []
     size = 0
     for block in blocks:
         size += 4 * prod(block.shape)
-        if batch and size > WORKSPACE:
+        if batch and size > limit:
             yield batch
             batch, size = [], 4 * prod(block.shape)
         batch.append(block)

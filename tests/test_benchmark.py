@@ -1,0 +1,254 @@
+"""The benchmark: what it counts, how it compares, and what it refuses. Nothing here depends on the time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_noneuclid.polar import polar_factor, polar_flops
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import benchmark
+import contenders
+import timing
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = contenders.build("tiny", CPU)
+    contenders.fill_gradients(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The report and the trace of a default run, but for the size of the model."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    files = {"output": folder / "report.json", "profile": folder / "trace.json"}
+    given = [word for option, path in files.items() for word in (f"--{option}", str(path))]
+    benchmark.main(["--shapes", "tiny", "--rounds", "3", "--tokens", "4096", "--micro_batch", "64", *given])
+    return files
+
+
+@pytest.fixture(scope="module")
+def report(files):
+    return json.loads(files["output"].read_text(encoding="utf-8"))
+
+
+def polar_operations(model, steps=5):
+    return sum(polar_flops(*m.shape, steps) for m in contenders.matrices(model))
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_has_every_field_and_contender(report):
+    assert set(report) == {
+        *("hardware", "shapes", "device", "rounds", "tokens", "parameters", "matrices", "matrix_elements"),
+        *("matmul", "training", "accuracy", "contenders"),
+    }
+    assert [row["name"] for row in report["contenders"]] == list(contenders.DEFAULT_CONTENDERS)
+    for row in report["contenders"]:
+        assert set(row) == {
+            *("name", "seconds", "median_seconds", "ratios", "polar", "peak_extra_bytes", "operators"),
+            *("note", "share_of_training"),
+        }
+        assert len(row["seconds"]) == 3
+        assert set(row["ratios"]) == {"adamw", "torch_muon", "muon"}
+        assert (row["polar"] is None) == (row["name"] in contenders.TORCH_CONTENDERS)
+
+
+def test_the_operations_are_those_of_all_matrices(report, model):
+    for row in report["contenders"][2:]:
+        polar = row["polar"]
+        assert polar["flops"] == polar_operations(model)
+        assert polar["flops_per_second"] == pytest.approx(polar["flops"] / polar["seconds"])
+        assert polar["share_of_matmul"] == polar["flops_per_second"] / report["matmul"]["flops_per_second"]
+
+
+def test_the_share_of_training_is_that_of_the_tokens_asked_for(report):
+    training = report["training"]
+    assert (training["tokens"], training["micro_batch"], training["sequence"]) == (4096, 64, 32)
+    rest = training["seconds_of_tokens"]
+    assert rest == pytest.approx(training["seconds"] * 64)
+    for row in report["contenders"]:
+        step = row["median_seconds"]
+        assert row["share_of_training"] == pytest.approx(step / (step + rest))
+
+
+def test_what_torch_muon_cannot_take_is_said(report, model):
+    stacks = [p for p in contenders.matrix_parameters(model) if p.ndim == 3]
+    notes = {row["name"]: row["note"] for row in report["contenders"]}
+    assert f"{len(stacks)} stacks or convolutions" in notes.pop("torch_muon")
+    assert not any(notes.values())
+
+
+def test_the_text_states_hardware_contenders_tokens_and_notes(report):
+    text = benchmark.text(report)
+    assert f"torch {torch.__version__}" in text
+    assert "4,096 tokens a step" in text
+    assert "left to AdamW" in text
+    for name in contenders.DEFAULT_CONTENDERS:
+        assert f"| {name} |" in text
+
+
+def test_the_trace_is_one_that_chrome_reads(files):
+    assert json.loads(files["profile"].read_text(encoding="utf-8"))["traceEvents"]
+
+
+def test_json_is_all_that_is_printed_and_training_can_be_left_out(capsys):
+    benchmark.main(
+        [
+            *("--shapes", "tiny", "--rounds", "1", "--no_training", "--json"),
+            *("--contenders", "muon:polar_method=svd"),
+        ]
+    )
+    said = json.loads(capsys.readouterr().out)
+    (row,) = said["contenders"]
+    assert said["training"] is row["share_of_training"] is None
+    assert row["polar"]["flops"] == 0  # a decomposition's are not counted
+    assert row["polar"]["flops_per_second"] is row["polar"]["share_of_matmul"] is None
+    assert said["accuracy"]["errors"]["svd, 5 steps"] < 1e-4
+    assert row["ratios"] == {}
+    assert "not measured" in benchmark.text(said)
+
+
+# ------------------------------------------------------------------------------------- the contenders
+
+
+def test_all_contenders_leave_parameters_and_gradients_as_they_are(model):
+    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
+    for name in contenders.DEFAULT_CONTENDERS:
+        contenders.make(name, model).step()
+    for p, (value, grad) in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), value, rtol=0, atol=1e-6)
+        assert torch.equal(p.grad, grad)
+
+
+def test_gradients_are_the_same_in_every_run(model):
+    again = contenders.build("tiny", CPU)
+    contenders.fill_gradients(again)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_options_reach_the_optimizer(model):
+    contender = contenders.make("muonmax_momo:polar_method=newton_schulz,polar_steps=3", model)
+    assert contender.polar == ("newton_schulz", 3)
+    assert timing.polar_cost(contender.step, CPU, rounds=1).flops == polar_operations(model, steps=3)
+
+
+# ---------------------------------------------------------------------------------- the measurements
+
+
+def test_ratios_are_taken_round_by_round():
+    """The machine is three times slower in the second round: the ratios do not notice."""
+    assert timing.ratio([2.0, 6.0, 5.0], [1.0, 3.0, 2.0]) == {"median": 2.0, "lowest": 2.0, "highest": 2.5}
+    with pytest.raises(ValueError, match="shorter"):
+        timing.ratio([1.0, 2.0], [1.0])
+
+
+def test_contenders_step_in_turn():
+    steps = []
+    times = timing.in_turn({name: lambda name=name: steps.append(name) for name in "abc"}, 2, CPU)
+    assert steps == list("abcabc")
+    assert [len(seconds) for seconds in times.values()] == [2, 2, 2]
+
+
+def test_the_tracker_counts_storages_as_long_as_they_live():
+    there = torch.zeros(1000)
+    with timing.AllocationTracker() as tracker:
+        x = there + 1
+        view = x.view(10, 100)
+        x.add_(1)
+        del x
+        assert tracker.bytes == 4000  # the view keeps it
+        y = torch.empty(500)
+        del view
+        assert tracker.bytes == 2000
+        there.mul_(2)
+        there.view(-1)
+        del y
+    assert tracker.bytes == 0
+    assert tracker.peak_bytes == 6000
+
+
+def test_the_tracker_sees_a_foreach_operator():
+    there = [torch.ones(10), torch.ones(20)]
+    cost = timing.costs_of_one(lambda: torch._foreach_add(there, 1.0), CPU)
+    assert cost == {"peak_extra_bytes": 120, "operators": 1}
+
+
+def test_calls_of_cuda_are_sorted_by_what_they_are():
+    calls = {
+        **{"cudaLaunchKernel": 3, "cudaLaunchKernelExC": 2, "cuLaunchKernelEx": 1, "cudaMemsetAsync": 9},
+        **{"cudaStreamSynchronize": 4, "cudaDeviceSynchronize": 1, "cudaMemcpyAsync": 7},
+        **{"Memcpy DtoH (Device -> Pageable)": 5, "Memcpy DtoD (Device -> Device)": 6, "aten::mm": 8},
+    }
+    assert timing.count_calls(calls) == {"kernel_launches": 6, "synchronisations": 5, "copies_to_host": 5}
+
+
+def test_the_meter_is_taken_away_again():
+    plain = timing.norms.polar_factor
+    with pytest.raises(RuntimeError, match="failed"), timing.polar_meter(CPU):
+        raise RuntimeError("failed")
+    assert timing.norms.polar_factor is plain
+
+
+def test_the_sample_has_every_shape_once_and_nothing_large():
+    chosen = timing.sample([torch.zeros(4, 8), torch.zeros(8, 4), torch.zeros(4, 4), torch.zeros(1536, 3072)])
+    assert sorted(tuple(m.shape) for m in chosen) == [(4, 4), (8, 4), (768, 1536)]
+
+
+def test_errors_are_root_mean_squares_of_singular_values():
+    """A factor that is wrong by a tenth in every singular value has the error 0.1, whatever the shape."""
+    matrices = [torch.randn(5, 9), torch.randn(9, 5)]
+    errors = timing.polar_errors(
+        matrices,
+        {
+            "exact": lambda m: polar_factor(m, method="svd"),
+            "long": lambda m: 1.1 * polar_factor(m, method="svd"),
+        },
+    )
+    assert errors["exact"] == pytest.approx(0, abs=1e-5)
+    assert errors["long"] == pytest.approx(0.1, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contenders", "adam"], "unknown contender 'adam'; known are adamw, torch_muon, muon, scion"),
+        (["--contenders", "adamw:eps=1"], "adamw takes no options"),
+        (["--contenders", "muon:nuclear_norms=stale"], "nuclear_norm"),
+        (["--contenders", "muon:nuclear_norm=old"], "one of exact, stale, frobenius"),
+        (["--contenders", "muon:polar_steps=few"], "polar_steps must be an integer"),
+        (["--contenders", "muon", "muon"], "named twice"),
+        (["--shapes", "gpt5"], "gpt2-large"),
+        (["--rounds", "0"], "--rounds 0: at least 1"),
+        (["--tokens", "-1"], "--tokens -1: at least 1"),
+        (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
+    ],
+)
+def test_what_it_refuses(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(["--shapes", "tiny", *arguments])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_convolutions_are_left_to_adamw_as_well():
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(3, 2))
+    contenders.fill_gradients(model)
+    contender = contenders.make("torch_muon", model)
+    assert "1 stacks or convolutions with 24 elements" in contender.note
+    contender.step()
