@@ -87,9 +87,9 @@ class Geometry:
             if values:
                 move(values, directions, batch.spread(coefficients), decay)
             return
-        norm, (m, v) = self._vector_norm(batch), self._moments(batch)
+        norm, m, v = self._vector_norm(batch), *self._moments(batch)
         spread = batch.spread(coefficients / norm.length(dual))
-        for places, (params, m_, v_) in lots(values, m, v or m):
+        for places, (params, m_, v_) in lots(values, m, v):
             move(params, norm.ray(m_, v_), [spread[i] for i in places], decay)
 
     def _directions(self, batch: Batch) -> Tensors:
@@ -138,9 +138,9 @@ class Geometry:
         return self._plan.stack(torch._foreach_norm(parts)).square()
 
     def _vector_partial(self, batch: Batch) -> Tensor:
-        norm, (m, v) = self._vector_norm(batch), self._moments(batch)
+        norm, m, v = self._vector_norm(batch), *self._moments(batch)
         sums: dict[Piece, Tensor] = {}
-        for places, (m_, v_) in lots(m, v or m):
+        for places, (m_, v_) in lots(m, v):
             for i, partial in zip(places, norm.partial(m_, norm.ray(m_, v_)), strict=True):
                 piece = batch.here[i]
                 sums[piece] = sums[piece] + partial if piece in sums else partial
@@ -148,7 +148,9 @@ class Geometry:
         return self._plan.stack(sums.get(piece, zero) for piece in batch.pieces)
 
     def _moments(self, batch: Batch) -> tuple[Tensors, Tensors]:
-        return self._history.momenta(batch.here), self._history.second_moments(batch.here)
+        """m and v of the pieces here; a norm that needs no v is given m again, and does not look at it."""
+        m, v = self._history.momenta(batch.here), self._history.second_moments(batch.here)
+        return m, v or m
 
     def _vector_norm(self, batch: Batch) -> VectorNorm:
         return vector_norm(batch.norm, self._eps)
