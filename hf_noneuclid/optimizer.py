@@ -61,7 +61,8 @@ class NonEuclideanDescent(Optimizer):
     """Steepest descent in a norm of your choice: Muon, Scion, PolarGrad, MuonMax, with or without Momo.
 
     ``step`` never waits for the device. A step with a NaN or infinite loss or gradient changes nothing and
-    is counted (``diagnostics``).
+    is counted (``diagnostics``). On several ranks (DDP, FSDP2, HSDP, DeepSpeed ZeRO, known at the first
+    step) all take the step that one process would, and share the work.
 
     Args:
         params: Parameters, or groups of them, ``{"params": [...], "norm": ...}`` with ``norm`` one of
@@ -201,7 +202,8 @@ class NonEuclideanDescent(Optimizer):
 
         Raises:
             ValueError: A closure together with a loss, or different learning rates in the groups.
-            RuntimeError: Momo is on and no loss is known, or a gradient is sparse.
+            RuntimeError: Momo is on and no loss is known, a gradient is sparse, or, at the first step, the
+                parameters are sharded in a way that is not supported or differ between ranks.
         """
         loss = self._take_loss(closure, loss)
         lr = options.common_lr(self.param_groups)
