@@ -75,7 +75,7 @@ def test_ranks_agree_to_the_bit(ran, method):
 
 
 @pytest.mark.parametrize("method", MOMO)
-def test_some_steps_are_truncated_before_and_after_the_checkpoint(ran, method):
+def test_steps_are_truncated_after_the_checkpoint_and_some_are_not(ran, method):
     """Else the tests here would say little of the loss, and nothing of the running loss that is saved."""
     truncated = [tau < 0.99 * learning_rate(method) for tau in ran[0][method]["step_size"]]
     assert any(truncated[STEPS // 2 :])
