@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from .exchange import Block, Exchange, Run, make_blocks
 from .ownership import assign, home
 from .pieces import WORKSPACE, Piece, workspace
 from .ranks import Place, Ranks
+
+T = TypeVar("T")
 
 
 class Alike(NamedTuple):
@@ -41,6 +43,8 @@ class Batch:
     pieces: tuple[Piece, ...]
     exchange: Exchange | None = None
     """Of matrices."""
+    alike: tuple[Alike, ...] = ()
+    """The matrices that this rank owns."""
 
     @property
     def norm(self) -> str:
@@ -58,9 +62,6 @@ class Batch:
     def here(self) -> tuple[Piece, ...]:
         """The pieces of which this rank holds anything."""
         return tuple(piece for piece in self.pieces if piece.size)
-
-    alike: tuple[Alike, ...] = ()
-    """The matrices that this rank owns."""
 
     def spread(self, by_unit: Tensor) -> list[Tensor]:
         """Numbers of shape (units,) in shapes that broadcast over the pieces that are here."""
@@ -246,7 +247,7 @@ def _alike(blocks: Iterable[Block], device: torch.device, limit: int) -> Iterato
         return sorted(block.shape[1:])
 
     for _, same in groupby(sorted(blocks, key=shape), shape):
-        for capped in _capped(same, limit):
+        for capped in _capped(((block, 4 * prod(block.shape)) for block in same), limit):
             units = [unit for block in capped for unit in block.units]
             yield Alike(capped, torch.tensor(units, device=device))
 
@@ -275,28 +276,24 @@ def _grouped(pieces: Iterable[Piece]) -> list[list[Piece]]:
     return list(groups.values())
 
 
-def _cut(pieces: Sequence[Piece], shards: int) -> list[list[Piece]]:
-    """Batches of which a rank receives no more than the workspace; one piece alone may exceed it."""
-    batches: list[list[Piece]] = [[]]
-    size = 0
-    for piece in sorted(pieces, key=lambda piece: sorted(piece.stack[1:] if piece.stack else ())):
-        bytes_here = 4 * prod(piece.stack or ()) // shards
-        size += bytes_here
-        if batches[-1] and size > WORKSPACE:
-            batches.append([])
-            size = bytes_here
-        batches[-1].append(piece)
-    return batches
+def _cut(pieces: Iterable[Piece], shards: int) -> Iterator[list[Piece]]:
+    """Batches of which a rank receives no more than the workspace."""
+
+    def shape(piece: Piece) -> list[int]:
+        return sorted(piece.stack[1:] if piece.stack else ())
+
+    sizes = ((x, 4 * prod(x.stack or ()) // shards) for x in sorted(pieces, key=shape))
+    return _capped(sizes, WORKSPACE)
 
 
-def _capped(blocks: Iterable[Block], limit: int) -> Iterator[list[Block]]:
-    """Blocks whose matrices together fit into the workspace; one alone may exceed it."""
-    batch: list[Block] = []
-    size = 0
-    for block in blocks:
-        size += 4 * prod(block.shape)
-        if batch and size > limit:
-            yield batch
-            batch, size = [], 4 * prod(block.shape)
-        batch.append(block)
-    yield batch
+def _capped(sizes: Iterable[tuple[T, int]], limit: int) -> Iterator[list[T]]:
+    """Items, each given with its bytes, in lists that stay within a limit; one alone may exceed it."""
+    items: list[T] = []
+    total = 0
+    for item, size in sizes:
+        total += size
+        if items and total > limit:
+            yield items
+            items, total = [], size
+        items.append(item)
+    yield items
