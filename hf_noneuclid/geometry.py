@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .diagnostics import FATAL_RUN
+from .elementwise import Tensors, lots, move_, on_cpu
 from .history import History
 from .layouts.exchange import Block
-from .layouts.pieces import Piece, lots
-from .layouts.plan import Batch, Plan, move
-from .norms import Spectral, Tensors, VectorNorm, vector_norm
+from .layouts.pieces import Piece
+from .layouts.plan import Batch, Plan
+from .norms import Spectral, VectorNorm, vector_norm
 
 
 class Polars(NamedTuple):
@@ -85,12 +86,12 @@ class Geometry:
         if batch.exchange:
             directions = self._directions(batch)  # all ranks take part, even if nothing of it is here
             if values:
-                move(values, directions, batch.spread(coefficients), decay)
+                move_(values, directions, batch.spread(coefficients), decay)
             return
         norm, m, v = self._vector_norm(batch), *self._moments(batch)
         spread = batch.spread(coefficients / norm.length(dual))
-        for places, (params, m_, v_) in lots(values, m, v):
-            move(params, norm.ray(m_, v_), [spread[i] for i in places], decay)
+        for places, (params, m_, v_) in lots(self._plan.workspace, values, m, v):
+            move_(params, norm.ray(m_, v_), [spread[i] for i in places], decay)
 
     def _directions(self, batch: Batch) -> Tensors:
         """Of matrices, in the shapes of this rank's parts."""
@@ -123,12 +124,11 @@ class Geometry:
         factors: dict[Block, Tensor] = {}
         norms = self._plan.scales.new_zeros(batch.units)
         for blocks, units in batch.alike:
-            m = torch.cat([momenta[block].mT if block.is_tall else momenta[block] for block in blocks])
-            polar = self._spectral.direction(m)
-            norms.index_copy_(0, units, self._spectral.dual(m, polar).to(norms.dtype))
-            split = torch.split(polar, [block.shape[0] for block in blocks])
-            for block, factor in zip(blocks, split, strict=True):
-                factors[block] = factor.mT if block.is_tall else factor
+            m = [momenta[block] for block in blocks]
+            together = m if on_cpu(m[0]) else [torch.cat(m)]
+            polar = self._spectral.direction(together)
+            norms.index_copy_(0, units, self._spectral.dual(together, polar).to(norms.dtype))
+            factors.update(zip(blocks, torch.split(polar, [len(x) for x in m]), strict=True))
         return Polars([factors[block] for block in owned], norms)
 
     def _squares(self, batch: Batch) -> Tensor:
@@ -140,7 +140,7 @@ class Geometry:
     def _vector_partial(self, batch: Batch) -> Tensor:
         norm, m, v = self._vector_norm(batch), *self._moments(batch)
         sums: dict[Piece, Tensor] = {}
-        for places, (m_, v_) in lots(m, v):
+        for places, (m_, v_) in lots(self._plan.workspace, m, v):
             for i, partial in zip(places, norm.partial(m_, norm.ray(m_, v_)), strict=True):
                 piece = batch.here[i]
                 sums[piece] = sums[piece] + partial if piece in sums else partial

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts.pieces import Piece, lots
+from .elementwise import lerp_, lots, where
+from .layouts.pieces import Piece
 from .norms import ADAPTIVE_NORMS
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -45,8 +46,10 @@ class History:
         stale: bool,
         dtype: torch.dtype,
         device: torch.device,
+        workspace: int,
     ) -> None:
         self._state = state
+        self._workspace = workspace
         self._pieces = tuple(pieces)
         self._second = _places((x for x in pieces if x.norm in ADAPTIVE_NORMS), lambda piece: piece.size)
         self._nuclear = _places((x for x in pieces if x.stack), lambda piece: piece.units)
@@ -133,8 +136,9 @@ class History:
             cohort = [piece for piece in everywhere if piece.size]
             adaptive = [piece for piece in cohort if piece in self._second]
             m, v = self.momenta(cohort), self.second_moments(cohort)
-            _average(v, [grad_of[piece] for piece in adaptive], _weight(step, beta2, ok), ok, square=True)
-            _average(m, [grad_of[piece] for piece in cohort], _weight(step, momentum, ok), ok)
+            of_adaptive, of_cohort = ([grad_of[x] for x in pieces] for pieces in (adaptive, cohort))
+            _average(v, of_adaptive, _weight(step, beta2, ok), ok, self._workspace, square=True)
+            _average(m, of_cohort, _weight(step, momentum, ok), ok, self._workspace)
 
     def accumulate_loss(self, value: Tensor, ok: Tensor, *, momentum: float) -> None:
         """f̄ takes in f - Σ⟨p, g⟩."""
@@ -186,25 +190,17 @@ def _weight(step: Tensor, beta: float, ok: Tensor) -> Tensor:
 
 
 def _average(
-    averages: Sequence[Tensor], grads: Sequence[Tensor], weight: Tensor, ok: Tensor, *, square: bool = False
+    averages: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    weight: Tensor,
+    ok: Tensor,
+    workspace: int,
+    *,
+    square: bool = False,
 ) -> None:
     """averages += weight (grads - averages), or with their squares; nothing changes where ok is False."""
-    for _, (average, grad) in lots(averages, grads):
+    for _, (average, grad) in lots(workspace, averages, grads):
         value = [g.to(a.dtype) for a, g in zip(average, grad, strict=True)]
         if square:
             value = [x * x for x in value]
-        # A bad gradient is replaced before its weight 0 meets it: 0 times NaN is NaN.
-        here = ok.to(average[0].device)
-        _lerp(average, [torch.where(here, x, a) for a, x in zip(average, value, strict=True)], weight)
-
-
-def _lerp(starts: list[Tensor], ends: list[Tensor], weight: Tensor) -> None:
-    """starts += weight (ends - starts)."""
-    weight = weight.to(starts[0].device)
-    if weight.device.type == "cpu":  # one pass over memory, where foreach needs three
-        for start, end in zip(starts, ends, strict=True):
-            start.lerp_(end, weight.to(start.dtype))
-        return
-    torch._foreach_sub_(ends, starts)
-    torch._foreach_mul_(ends, weight)
-    torch._foreach_add_(starts, ends)
+        lerp_(average, where(ok, value, average), weight)

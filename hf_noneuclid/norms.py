@@ -32,9 +32,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .polar import PolarMethod, compute_dtype, polar_factor
-
-Tensors = list[Tensor] | tuple[Tensor, ...]
+from .elementwise import Tensors, dot, dots
+from .polar import PolarMethod, compute_dtype, polar_factors
 
 VectorNormName = Literal["linf", "ada_linf", "ada_l2"]
 NormName = Literal["spectral", "linf", "ada_linf", "ada_l2"]
@@ -42,12 +41,6 @@ VECTOR_NORMS: tuple[str, ...] = get_args(VectorNormName)
 NORMS: tuple[str, ...] = get_args(NormName)
 ADAPTIVE_NORMS = frozenset({"ada_linf", "ada_l2"})
 """The norms that need the second moment v."""
-
-
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """The inner product of two tensors of one shape as a 0-d tensor, in the wider of their dtypes."""
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    return torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(dtype))
 
 
 class VectorNorm(ABC):
@@ -94,9 +87,7 @@ class AdaLInf(VectorNorm):
         """m / a."""
         a = torch._foreach_sqrt(v)
         torch._foreach_add_(a, self.eps)
-        torch._foreach_reciprocal_(a)
-        torch._foreach_mul_(a, m)
-        return a
+        return torch._foreach_div(m, a)
 
     def partial(self, m: Tensors, ray: Tensors) -> Tensors:
         return [dot(*pair) for pair in zip(m, ray, strict=True)]
@@ -115,23 +106,23 @@ class AdaL2(AdaLInf):
 
 @dataclass(frozen=True, slots=True)
 class Spectral:
-    """The spectral norm of every matrix of a batch of shape (matrices, rows, columns)."""
+    """The spectral norm of every matrix of batches of shape (matrices, rows, columns), all of one shape."""
 
     polar_method: PolarMethod = "polar_express"
     polar_steps: int = 5
 
-    def direction(self, m: Tensor) -> Tensor:
-        """The polar factors, of the shape of m, in the dtype that ``polar_factor`` computes in."""
-        return polar_factor(m, method=self.polar_method, steps=self.polar_steps)
+    def direction(self, batches: Tensors) -> Tensor:
+        """The polar factors of all of them in one batch, in the dtype that ``polar_factors`` computes in."""
+        return polar_factors(batches, method=self.polar_method, steps=self.polar_steps)
 
     def dtype(self, momentum: torch.dtype, device: torch.device) -> torch.dtype:
         """The dtype that holds every direction."""
         return momentum if self.polar_method == "svd" else compute_dtype(momentum, device)
 
-    def dual(self, m: Tensor, direction: Tensor) -> Tensor:
+    def dual(self, batches: Tensors, direction: Tensor) -> Tensor:
         """The nuclear norms ⟨m, polar(m)⟩, of shape (matrices,)."""
-        nuclear: Tensor = (m * direction).sum(dim=(-2, -1))
-        return nuclear
+        of_batches = torch.split(direction, [len(m) for m in batches])
+        return torch.cat([dots(m, polar) for m, polar in zip(batches, of_batches, strict=True)])
 
 
 def vector_norm(name: str, eps: float = 1e-8) -> VectorNorm:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import options
 from .diagnostics import StepCounter, StepRecord
+from .elementwise import MIB, largest_entries
 from .geometry import Geometry
 from .history import History
 from .layouts import bind
@@ -83,6 +84,8 @@ class NonEuclideanDescent(Optimizer):
         polar_method: ``polar_express``, ``newton_schulz`` or ``svd``.
         polar_steps: Iterations of the first two.
         nuclear_norm: ``exact``; ``stale``, each matrix's of the step before; or ``frobenius``, ‖m‖_F instead.
+        workspace: MiB of temporary copies of parameters that a step may make at once; a matrix that is
+            larger is worked on alone. On a CPU the copies are smaller still.
 
     Raises:
         ValueError: An option is out of range or unknown, or differs between groups where it may not.
@@ -121,6 +124,7 @@ class NonEuclideanDescent(Optimizer):
         polar_method: PolarMethod = "polar_express",
         polar_steps: int = 5,
         nuclear_norm: options.NuclearNorm = "exact",
+        workspace: int = 256,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key in options.OPTIMIZER_OPTIONS}
         options.check(defaults)
@@ -230,7 +234,7 @@ class NonEuclideanDescent(Optimizer):
         """Phase 0: f, Σ⟨p, g⟩ and every gradient finite? Nothing is written before this is known."""
         ranks, momo = plan.ranks, self._option("momo")
         grads = [piece.gradient() for piece in plan.here]
-        largest = plan.stack(torch._foreach_norm(grads, torch.inf) if grads else ())
+        largest = plan.stack(largest_entries(grads))
         bad = (largest <= plan.gradient_limits).logical_not().sum().to(plan.dtype)
         inner = ranks.once(plan.inner(grads)) if momo else plan.scalar(0.0)
         share = plan.scalar(0.0 if loss is None else loss) / ranks.count
@@ -307,10 +311,15 @@ class NonEuclideanDescent(Optimizer):
         pieces = [x for x in pieces if prod(x.holding.shape) and (x.moves or x.tensor in self.state)]
         if not pieces:
             raise RuntimeError("no parameter of the optimizer requires a gradient: there is nothing to step.")
-        plan = make_plan(pieces, ranks, self._option("polar_steps"))
-        stale = self._option("nuclear_norm") == "stale"
+        plan = make_plan(pieces, ranks, self._option("polar_steps"), self._option("workspace") * MIB)
         self._history = History(
-            self.state, pieces, momo=momo, stale=stale, dtype=plan.dtype, device=plan.device
+            self.state,
+            pieces,
+            momo=momo,
+            stale=self._option("nuclear_norm") == "stale",
+            dtype=plan.dtype,
+            device=plan.device,
+            workspace=plan.workspace,
         )
         self._geometry = Geometry(plan, self._history, groups[0])
         return plan

@@ -29,6 +29,10 @@ def _number(test: Callable[[float], bool], words: str) -> Rule:
     return holds, words
 
 
+def _count(words: str) -> Rule:
+    return lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1, words
+
+
 def _one_of(values: Sequence[str]) -> Rule:
     return lambda x: isinstance(x, str) and x in values, "one of " + ", ".join(values)
 
@@ -49,8 +53,9 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     "weight_decay": _number(lambda x: x >= 0, "a finite number >= 0"),
     "spectral_scale": _number(lambda x: x > 0, "a finite number > 0"),
     "polar_method": _one_of(POLAR_METHODS),
-    "polar_steps": (lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1, "an integer >= 1"),
+    "polar_steps": _count("an integer >= 1"),
     "nuclear_norm": _one_of(NUCLEAR_NORMS),
+    "workspace": _count("an integer >= 1, in MiB"),
 }
 
 PARAMETER_OPTIONS: dict[str, Rule] = {

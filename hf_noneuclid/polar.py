@@ -24,6 +24,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .elementwise import on_cpu
+
 PolarMethod = Literal["polar_express", "newton_schulz", "svd"]
 POLAR_METHODS: tuple[str, ...] = get_args(PolarMethod)
 
@@ -49,6 +51,9 @@ _POLAR_EXPRESS: tuple[Quintic, ...] = (
 # kellerjordan.github.io/posts/muon.
 _NEWTON_SCHULZ: Quintic = (3.4445, -4.7750, 2.0315)
 
+# A Frobenius norm above this one and below its inverse is as precise as any.
+_SMALLEST = 1e-12
+
 # From how many rows on a CPU computes in bfloat16, if it has instructions for that.
 _BF16_ROWS = 512
 
@@ -71,8 +76,7 @@ def polar_factor(
     one column) is divided by its length, exactly, by every method.
 
     Args:
-        m: Matrices of shape (..., rows, columns), of any floating dtype and any finite magnitude. Wide
-            ones cost least; tall ones are transposed on the way in and out.
+        m: Matrices of shape (..., rows, columns), of any floating dtype and any finite magnitude.
         method: ``polar_express``, ``newton_schulz`` or ``svd`` (exact; for reference, not for speed).
         steps: Iterations of the first two.
         dtype: What to compute in. By default float64 stays, CUDA computes in bfloat16, all else in float32.
@@ -87,18 +91,38 @@ def polar_factor(
         N. Amsel et al., "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon
         Algorithm", arXiv 2505.16932, 2025.
     """
-    if m.shape[-2] > m.shape[-1]:
-        return polar_factor(m.mT, method=method, steps=steps, dtype=dtype, form=form).mT
-    dtype = dtype or compute_dtype(m.dtype, m.device, m.shape[-2])
+    batch = m.reshape(-1, *m.shape[-2:])
+    return polar_factors([batch], method=method, steps=steps, dtype=dtype, form=form).reshape(m.shape)
+
+
+def polar_factors(
+    batches: Sequence[Tensor],
+    *,
+    method: PolarMethod = "polar_express",
+    steps: int = 5,
+    dtype: torch.dtype | None = None,
+    form: Form | None = None,
+) -> Tensor:
+    """The polar factors of several batches of matrices of one shape, in one batch of shape (matrices, ...).
+
+    Args:
+        batches: Tensors of shape (matrices, rows, columns).
+        method: As of ``polar_factor``, like all that follow.
+        steps: Iterations.
+        dtype: What to compute in.
+        form: ``direct`` or ``gram``.
+    """
+    rows, columns = batches[0].shape[-2:]
+    dtype = dtype or compute_dtype(batches[0].dtype, batches[0].device, min(rows, columns))
     if method == "svd" and dtype not in (torch.float32, torch.float64):
         dtype = torch.float32
-    x = _normalise(m, dtype)
-    if m.shape[-2] == 1:
+    x = _normalise(batches, dtype)
+    if min(rows, columns) == 1:
         return x
     if method == "svd":
         return _svd_polar(x)
     polynomials = list(_coefficients(method, steps, dtype))
-    return _iterate(x, polynomials, form or cheaper_form(m.shape[-2], m.shape[-1], steps))
+    return _iterate(x, polynomials, form or cheaper_form(rows, columns, steps))
 
 
 def cheaper_form(rows: int, columns: int, steps: int) -> Form:
@@ -153,13 +177,29 @@ def _cpu_multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
-def _normalise(m: Tensor, dtype: torch.dtype) -> Tensor:
-    """``m / ‖m‖_F``, computed in float32 or better, 0 where m is 0, whatever the magnitude of m."""
+def _normalise(batches: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """``m / ‖m‖_F`` of every matrix, computed in float32 or better, 0 where m is 0, whatever its size."""
+    counts = [len(m) for m in batches]
+    x = torch.empty(sum(counts), *batches[0].shape[1:], dtype=dtype, device=batches[0].device)
+    for some, m in zip(torch.split(x, counts), batches, strict=True):
+        # On a CPU one matrix after another, which it then still has in its cache.
+        for to, matrix in zip(some, m, strict=True) if on_cpu(m) else [(some, m)]:
+            to.copy_(_unit(matrix))
+    return x
+
+
+def _unit(m: Tensor) -> Tensor:
+    """One matrix on a CPU, several elsewhere, each divided by its Frobenius norm."""
     m = m if m.dtype == torch.float64 else m.float()
+    if on_cpu(m):
+        length: Tensor = torch.linalg.vector_norm(m)
+        if _SMALLEST < length < 1 / _SMALLEST:
+            return m / length
     # By the largest entry first: the squares of 1e-30 or 1e30 do not exist in float32.
-    x = m / _one_if_zero(torch.linalg.vector_norm(m, torch.inf, dim=(-2, -1), keepdim=True))
-    length = _one_if_zero(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True))
-    return torch.div(x, length, out=torch.empty_like(x, dtype=dtype))
+    largest = torch.maximum(m.amax(dim=(-2, -1), keepdim=True), -m.amin(dim=(-2, -1), keepdim=True))
+    x = m / _one_if_zero(largest)
+    x /= _one_if_zero(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True))
+    return x
 
 
 def _one_if_zero(x: Tensor) -> Tensor:
@@ -176,20 +216,28 @@ def _coefficients(method: PolarMethod, steps: int, dtype: torch.dtype) -> Iterat
 
 def _iterate(x: Tensor, polynomials: Sequence[Quintic], form: Form) -> Tensor:
     """Applies the polynomials one after another."""
-    shape = x.shape
-    x = x.reshape(-1, *shape[-2:])
     remaining = iter(polynomials)
     for run in _gram_runs(len(polynomials)) if form == "gram" else [1] * len(polynomials):
         some = list(islice(remaining, run))
         x = _apply(x, *some) if run == 1 else _apply_by_gram(x, some)
-    return x.reshape(shape)
+    return x
+
+
+def _is_tall(x: Tensor) -> bool:
+    return x.shape[-2] > x.shape[-1]
+
+
+def _gram(x: Tensor) -> Tensor:
+    """X Xᵀ, or Xᵀ X if that is smaller: then all that multiplies X from the left does so from the right."""
+    return x.mT @ x if _is_tall(x) else x @ x.mT
 
 
 def _apply(x: Tensor, polynomial: Quintic) -> Tensor:
     """X ← a X + (b A + c A²) X with A = X Xᵀ."""
     a, b, c = polynomial
-    gram = x @ x.mT
-    return torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    gram = _gram(x)
+    p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(x, x, p, beta=a) if _is_tall(x) else torch.baddbmm(x, p, x, beta=a)
 
 
 def _apply_by_gram(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
@@ -197,15 +245,16 @@ def _apply_by_gram(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
 
     All of these matrices are polynomials of the first A, so they commute.
     """
-    gram = x @ x.mT
-    product = None
+    gram, product = _gram(x), None
     for i, (a, b, c) in enumerate(polynomials):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=-2, dim2=-1).add_(a)
         product = p if product is None else p @ product
         if i + 1 < len(polynomials):
             gram = p @ gram @ p
-    return x if product is None else product @ x
+    if product is None:
+        return x
+    return x @ product if _is_tall(x) else product @ x
 
 
 def _svd_polar(x: Tensor) -> Tensor:

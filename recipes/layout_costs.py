@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 import hf_noneuclid
+from hf_noneuclid.elementwise import MIB
 from hf_noneuclid.layouts import replicated
 from hf_noneuclid.layouts.dtensor import row_run
 from hf_noneuclid.layouts.exchange import Block, Run
-from hf_noneuclid.layouts.pieces import Piece, make_pieces, workspace
-from hf_noneuclid.layouts.plan import _alike, _matrix_batches
+from hf_noneuclid.layouts.pieces import Piece, make_pieces
+from hf_noneuclid.layouts.plan import _alike, _matrix_batches, polar_batch
 from hf_noneuclid.layouts.ranks import Ranks, pads
 from hf_noneuclid.layouts.zero import flat_run
 from hf_noneuclid.norms import ADAPTIVE_NORMS
@@ -111,7 +112,8 @@ class Costs:
 
     def __init__(self, shapes: Shapes, engine: str, grid: Grid, device: str = "cuda") -> None:
         self.shapes, self.engine, self.grid = shapes, engine, grid
-        self._limit = workspace(torch.device(device))
+        self._workspace = MIB * shapes.options["workspace"]
+        self._at_once = polar_batch(torch.device(device), self._workspace)
         self.direction_bytes: int = compute_dtype(torch.float32, torch.device(device)).itemsize
         runs = _runs(shapes.pieces, engine, grid[1])
         sizes = np.array([[stop - start for start, stop in runs[piece]] for piece in shapes.pieces])
@@ -126,7 +128,8 @@ class Costs:
         self.momentum, self.directions = self._zeros.copy(), self._zeros.copy()
         self.gathered, self.broadcast = self._zeros.copy(), self._zeros.copy()
         ranks = Ranks(_CPU, replicas=grid[0], shards=grid[1])
-        for batch in _matrix_batches(shapes.matrices, runs, ranks, shapes.options["polar_steps"]):
+        steps = shapes.options["polar_steps"]
+        for batch in _matrix_batches(shapes.matrices, runs, ranks, steps, self._workspace):
             assert batch.exchange is not None
             self._add(batch.exchange._blocks, [np.array(runs[piece]) for piece in batch.pieces])
 
@@ -165,7 +168,7 @@ class Costs:
         iterating, c = self._zeros.copy(), self.direction_bytes
         for owner, blocks in by_owner.items():
             iterating[owner] = max(
-                self._iterating(group.blocks) for group in _alike(blocks, _CPU, self._limit)
+                self._iterating(group.blocks) for group in _alike(blocks, _CPU, self._at_once)
             )
         copies = self.grid[1] > 1  # of momenta; where nothing is sharded, they are used where they are
         factors = c * owned * (self.shapes.options["nuclear_norm"] != "exact")
@@ -200,7 +203,7 @@ class Costs:
         a time; there are no polar factors then. Later, what a batch needs.
         """
         largest = max(_elements(piece) for piece in self.shapes.pieces)
-        at_once = np.minimum(self.held, max(self._limit // STATE_BYTES, largest))
+        at_once = np.minimum(self.held, max(self._workspace // STATE_BYTES, largest))
         averaging = 2 * STATE_BYTES * at_once
         return np.maximum(self._batch, averaging - self.kept_bytes())
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
@@ -124,21 +124,21 @@ def polar_meter(device: torch.device) -> Iterator[PolarCost]:
 
     Waiting for the device before and after each makes the whole step slower: do not time it here.
     """
-    cost, plain = PolarCost(), norms.polar_factor
+    cost, plain = PolarCost(), norms.polar_factors
 
-    def metered(m: Tensor, **options: Any) -> Tensor:
+    def metered(batches: Sequence[Tensor], **options: Any) -> Tensor:
         start = clock(device)
-        polar = plain(m, **options)
+        polar = plain(batches, **options)
         cost.seconds += clock(device) - start
         if options["method"] != "svd":
-            cost.flops += prod(m.shape[:-2]) * polar_flops(*m.shape[-2:], options["steps"])
+            cost.flops += len(polar) * polar_flops(*polar.shape[1:], options["steps"])
         return polar
 
-    norms.polar_factor = metered
+    norms.polar_factors = metered
     try:
         yield cost
     finally:
-        norms.polar_factor = plain
+        norms.polar_factors = plain
 
 
 def polar_cost(step: Step, device: torch.device, rounds: int = 2) -> PolarCost:

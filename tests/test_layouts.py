@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_noneuclid import NonEuclideanDescent
+from hf_noneuclid.elementwise import MIB
 from hf_noneuclid.layouts import dtensor, zero
 from hf_noneuclid.layouts.exchange import Exchange, make_blocks, overlap
 from hf_noneuclid.layouts.ownership import assign, home
@@ -302,34 +303,34 @@ def two_ranks(said, replicas=1, shards=1):
 
 def test_a_part_that_no_rank_holds_is_refused():
     with pytest.raises(RuntimeError, match="of the 10 elements of w: parts are missing"):
-        make_plan([piece((10,), run=(0, 6))], Ranks(CPU), 5)
+        make_plan([piece((10,), run=(0, 6))], Ranks(CPU), 5, MIB)
 
 
 @pytest.mark.parametrize("run", [(7, 10), (5, 10), (0, 6)], ids=["gap", "twice", "the same"])
 def test_parts_that_do_not_fit_together_are_refused(run):
     ranks = two_ranks([((0, 1), [("w", (10,), run)], 0.0)], shards=2)
     with pytest.raises(RuntimeError, match=r"hold \[\(0, 6\), .* parts are missing, twice there"):
-        make_plan([piece((10,), run=(0, 6))], ranks, 5)
+        make_plan([piece((10,), run=(0, 6))], ranks, 5, MIB)
 
 
 def test_parts_that_fit_together_are_planned():
     """Else the tests above could be met by refusing everything."""
     ranks = two_ranks([((0, 1), [("w", (10,), (6, 10))], 0.0)], shards=2)
-    assert make_plan([piece((10,), run=(0, 6))], ranks, 5).pieces
+    assert make_plan([piece((10,), run=(0, 6))], ranks, 5, MIB).pieces
 
 
 @pytest.mark.parametrize("theirs", [[], [("x", (10,), (0, 10))], [("w", (9,), (0, 9))]])
 def test_a_rank_that_steps_other_parameters_is_refused(theirs):
     ranks = two_ranks([((1, 0), theirs, 0.0)], replicas=2)
     with pytest.raises(RuntimeError, match=r"rank \(1, 0\) .* step different parameters"):
-        make_plan([piece((10,))], ranks, 5)
+        make_plan([piece((10,))], ranks, 5, MIB)
 
 
 def test_copies_that_differ_are_refused_and_equal_ones_are_not():
     here, held = piece((4,), tensor=torch.ones(4)), [("w", (4,), (0, 4))]
-    assert make_plan([here], two_ranks([((1, 0), held, 4.0)], replicas=2), 5).pieces
+    assert make_plan([here], two_ranks([((1, 0), held, 4.0)], replicas=2), 5, MIB).pieces
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-        make_plan([here], two_ranks([((1, 0), held, 4.1)], replicas=2), 5)
+        make_plan([here], two_ranks([((1, 0), held, 4.1)], replicas=2), 5, MIB)
 
 
 # -------------------------------------------------------------------- what an engine must not do

@@ -31,14 +31,14 @@ def primal(name, u, v):
 
 def dual(name, m, v):
     if name == "spectral":
-        return SPECTRAL.dual(m[None], SPECTRAL.direction(m[None]))[0]
+        return SPECTRAL.dual([m[None]], SPECTRAL.direction([m[None]]))[0]
     norm = vector_norm(name, EPS)
     return norm.dual(torch.stack(list(norm.partial([m], norm.ray([m], [v])))))[0]
 
 
 def direction(name, m, v):
     if name == "spectral":
-        return SPECTRAL.direction(m[None])[0]
+        return SPECTRAL.direction([m[None]])[0]
     norm = vector_norm(name, EPS)
     return norm.ray([m], [v])[0] / norm.length(dual(name, m, v).reshape(1))
 

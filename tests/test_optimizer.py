@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hf_noneuclid.elementwise
+import hf_noneuclid.geometry
 import hf_noneuclid.norms
+import hf_noneuclid.polar
 from hf_noneuclid import METHODS, NonEuclideanDescent, create_optimizer
 from hf_noneuclid.options import NUCLEAR_NORMS
 
@@ -308,20 +311,49 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def as_on_an_accelerator(monkeypatch):
+    """From here on, a CPU does what is done where asking for a value means to wait."""
+    for module in (hf_noneuclid.elementwise, hf_noneuclid.polar, hf_noneuclid.geometry):
+        monkeypatch.setattr(module, "on_cpu", lambda x: False)
+
+
+def train_with_a_bad_step(method, dtype, **options):
+    net, optimizer = make(method, dtype=dtype, **options)
+    for step in range(8):
+        loss = backward(net)
+        if step == 4:
+            net.up.weight.grad[0, 0] = math.nan
+        optimizer.step(loss=loss)
+    assert optimizer.diagnostics()["bad_steps"] == 1
+    return snapshot(net, optimizer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("nuclear_norm", NUCLEAR_NORMS)
+def test_a_cpu_and_an_accelerator_take_the_same_steps(monkeypatch, method, dtype, nuclear_norm):
+    one = train_with_a_bad_step(method, dtype, nuclear_norm=nuclear_norm)
+    as_on_an_accelerator(monkeypatch)
+    other = train_with_a_bad_step(method, dtype, nuclear_norm=nuclear_norm)
+    rtol = 1e-9 if dtype == torch.float64 else 2e-3
+    torch.testing.assert_close(other, one, rtol=rtol, atol=rtol / 10)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("nuclear_norm", NUCLEAR_NORMS)
 def test_a_step_never_reads_the_device_and_takes_one_polar_factor_per_matrix(
     monkeypatch, method, nuclear_norm
 ):
+    as_on_an_accelerator(monkeypatch)
     net, optimizer = make(method, nuclear_norm=nuclear_norm)
     matrices = []
-    polar_factor = hf_noneuclid.norms.polar_factor
+    polar_factors = hf_noneuclid.norms.polar_factors
 
-    def counted(m, **options):
-        matrices.append(m.shape[:-2].numel())
-        return polar_factor(m, **options)
+    def counted(batches, **options):
+        matrices.extend(len(m) for m in batches)
+        return polar_factors(batches, **options)
 
-    monkeypatch.setattr(hf_noneuclid.norms, "polar_factor", counted)
+    monkeypatch.setattr(hf_noneuclid.norms, "polar_factors", counted)
     for _ in range(14):  # stale norms settle after ten steps
         loss = backward(net)
         matrices.clear()

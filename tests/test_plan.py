@@ -1,5 +1,6 @@
 """The planning recipe: numbers worked out by hand, what it shares with the optimizer, and what it refuses."""
 
+import dataclasses
 import json
 import sys
 from math import prod
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_noneuclid.elementwise import MIB
 from hf_noneuclid.layouts import plan as optimizer_plan
 from hf_noneuclid.layouts.exchange import Exchange
 from hf_noneuclid.layouts.ranks import Ranks, pads
@@ -137,14 +139,14 @@ def test_what_the_engines_keep_and_send(engine, dtype, parameters, gradients, ma
 @pytest.mark.parametrize("engine", layout_costs.ENGINES)
 def test_it_counts_what_the_exchanges_of_all_ranks_would_send(engine, monkeypatch):
     """With batches so small that there are several."""
-    monkeypatch.setattr(optimizer_plan, "WORKSPACE", 10_000)
     grid = GRIDS[engine]
     shapes = layout_costs.shapes_of(plan._meta_model(plan.load_config("tiny")), "muonmax_momo")
+    shapes = dataclasses.replace(shapes, options={**shapes.options, "workspace": 10_000 / MIB})
     costs = layout_costs.Costs(shapes, engine, grid, "cpu")
     runs = layout_costs._runs(shapes.pieces, engine, grid[1])
     for place in np.ndindex(grid):
         ranks = Ranks(torch.device("cpu"), replicas=grid[0], shards=grid[1], replica=place[0], shard=place[1])
-        batches = optimizer_plan._matrix_batches(shapes.matrices, runs, ranks, 5)
+        batches = optimizer_plan._matrix_batches(shapes.matrices, runs, ranks, 5, 10_000)
         exchanges = [batch.exchange for batch in batches]
         assert len(exchanges) > 1
         assert costs.owned[place] == sum(prod(block.shape) for x in exchanges for block in x.owned)

@@ -39,10 +39,6 @@ class Block:
     def units(self) -> range:
         return range(self.first_unit, self.first_unit + self.shape[0])
 
-    @property
-    def is_tall(self) -> bool:
-        return self.shape[1] > self.shape[2]
-
 
 def make_blocks(stacks: Sequence[tuple[int, int, int]], owners: Sequence[Place]) -> list[Block]:
     """The blocks of a batch.

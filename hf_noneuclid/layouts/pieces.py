@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -12,43 +12,6 @@ from torch import Tensor
 
 from ..options import PARAMETER_OPTIONS, check_gradient, per_parameter
 from .exchange import Run, overlap
-
-WORKSPACE = 256 * 2**20
-"""Bytes of temporary copies of parameters that a rank may make at once."""
-
-CPU_WORKSPACE = 32 * 2**20
-"""The same on a CPU, which finds in its cache again what it has just written, if that is not much."""
-
-
-def workspace(device: torch.device) -> int:
-    """Bytes of temporary copies to make at once on a device; a single parameter may need more."""
-    return CPU_WORKSPACE if device.type == "cpu" else WORKSPACE
-
-
-def lots(*columns: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[list[Tensor], ...]]]:
-    """Tensors in lots that fit into the workspace; large ones are cut along their first dimension.
-
-    Args:
-        columns: Lists of tensors; those in the same place have the same shape.
-
-    Yields:
-        For each lot, the places of its tensors in the lists, and the lists themselves, of views.
-    """
-    places: list[int] = []
-    taken: tuple[list[Tensor], ...] = tuple([] for _ in columns)
-    room = limit = workspace(columns[0][0].device) if columns[0] else 0
-    for place, row in enumerate(zip(*columns, strict=True)):
-        rows = max(1, limit // max(1, 4 * row[0][:1].numel())) if row[0].ndim else 1
-        for cut in zip(*(x.split(rows) if x.ndim else (x,) for x in row), strict=True):
-            if places and 4 * cut[0].numel() > room:
-                yield places, taken
-                places, taken, room = [], tuple([] for _ in columns), limit
-            places.append(place)
-            for column, x in zip(taken, cut, strict=True):
-                column.append(x)
-            room -= 4 * cut[0].numel()
-    if places:
-        yield places, taken
 
 
 @dataclass(frozen=True, eq=False)

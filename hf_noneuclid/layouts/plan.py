@@ -18,18 +18,22 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..norms import ADAPTIVE_NORMS, Tensors, dot
+from ..elementwise import dot, widened
+from ..norms import ADAPTIVE_NORMS
 from ..polar import polar_flops
 from .exchange import Block, Exchange, Run, make_blocks
 from .ownership import assign, home
-from .pieces import WORKSPACE, Piece, workspace
+from .pieces import Piece
 from .ranks import Place, Ranks
 
 T = TypeVar("T")
 
+CPU_BATCH = 20 * 2**20
+"""Bytes of matrices whose polar factors a CPU computes at once: enough for all of its cores."""
+
 
 class Alike(NamedTuple):
-    """Blocks of one shape or its transpose, whose polar factors are computed together."""
+    """Blocks of one shape, whose polar factors are computed together."""
 
     blocks: list[Block]
     units: Tensor
@@ -69,24 +73,6 @@ class Batch:
         return [piece.spread(x) for piece, x in by_piece if piece.size]
 
 
-def move(params: Tensors, directions: Tensors, coefficients: Tensors, decay: Tensor | None) -> None:
-    """p ← (1 - decay) p + coefficient u, rounded once to the dtype of p.
-
-    Args:
-        params: This rank's parts of parameters, of one dtype and device.
-        directions: Of their shapes.
-        coefficients: Broadcast over them.
-        decay: ηλ, 0-d, or None for none.
-    """
-    wide, device = [widened(param) for param in params], params[0].device
-    if decay is not None:
-        torch._foreach_mul_(wide, (1 - decay).to(device))
-    u, c = ([x.to(device) for x in xs] for xs in (directions, coefficients))
-    torch._foreach_addcmul_(wide, u, c)
-    if wide[0] is not params[0]:
-        torch._foreach_copy_(params, wide)
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What one step does, for all parameters of the optimizer.
@@ -103,6 +89,8 @@ class Plan:
     """s of every unit, of shape (units,)."""
     gradient_limits: Tensor
     """The largest finite gradient entry of every piece ``here``, of shape (pieces here,)."""
+    workspace: int
+    """Bytes of temporary copies that a rank may make at once."""
 
     @property
     def device(self) -> torch.device:
@@ -150,16 +138,11 @@ class Plan:
         return self.stack(dot(widened(piece.value), widened(x)) for piece, x in pairs).sum()
 
 
-def widened(x: Tensor) -> Tensor:
-    """x in float32 if it is in half precision, else x itself."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def make_plan(pieces: Sequence[Piece], ranks: Ranks, polar_steps: int) -> Plan:
+def make_plan(pieces: Sequence[Piece], ranks: Ranks, polar_steps: int, workspace: int) -> Plan:
     """Batches the pieces that move, and gives every matrix an owner. All ranks make it together."""
     held = _held(pieces, ranks)
     moving = [piece for piece in pieces if piece.moves]
-    matrices = _matrix_batches([x for x in moving if x.stack], held, ranks, polar_steps)
+    matrices = _matrix_batches([x for x in moving if x.stack], held, ranks, polar_steps, workspace)
     vectors = [Batch(tuple(group)) for group in _grouped(x for x in moving if not x.stack)]
     scales = [x.scale for batch in (*matrices, *vectors) for x in batch.pieces for _ in range(x.units)]
     wide = any(piece.tensor.dtype == torch.float64 for piece in pieces)
@@ -174,6 +157,7 @@ def make_plan(pieces: Sequence[Piece], ranks: Ranks, polar_steps: int) -> Plan:
         ranks=ranks,
         scales=torch.tensor(scales, dtype=dtype, device=ranks.device),
         gradient_limits=largest ** torch.tensor(powers, dtype=dtype, device=ranks.device),
+        workspace=workspace,
     )
 
 
@@ -224,9 +208,10 @@ def _check_cover(piece: Piece, runs: Sequence[Run]) -> None:
 
 
 def _matrix_batches(
-    pieces: Sequence[Piece], held: dict[Piece, list[Run]], ranks: Ranks, steps: int
+    pieces: Sequence[Piece], held: dict[Piece, list[Run]], ranks: Ranks, steps: int, workspace: int
 ) -> list[Batch]:
-    batches = [batch for group in _grouped(pieces) for batch in _cut(group, ranks.shards)]
+    batches = [batch for group in _grouped(pieces) for batch in _cut(group, ranks.shards, workspace)]
+    limit = polar_batch(ranks.device, workspace)
     owners = iter(_owners([piece for batch in batches for piece in batch], held, ranks, steps))
     made = []
     for batch in batches:
@@ -234,17 +219,18 @@ def _matrix_batches(
         blocks = make_blocks(stacks, [next(owners) for stack in stacks for _ in range(stack[0])])
         shards = [[held[piece][shard] for piece in batch] for shard in range(ranks.shards)]
         exchange = Exchange(blocks, shards, ranks)
-        made.append(
-            Batch(
-                tuple(batch), exchange, tuple(_alike(exchange.owned, ranks.device, workspace(ranks.device)))
-            )
-        )
+        made.append(Batch(tuple(batch), exchange, tuple(_alike(exchange.owned, ranks.device, limit))))
     return made
 
 
+def polar_batch(device: torch.device, workspace: int) -> int:
+    """Bytes of float32 matrices whose polar factors are computed at once, unless a single one has more."""
+    return min(workspace, CPU_BATCH) if device.type == "cpu" else workspace
+
+
 def _alike(blocks: Iterable[Block], device: torch.device, limit: int) -> Iterator[Alike]:
-    def shape(block: Block) -> list[int]:
-        return sorted(block.shape[1:])
+    def shape(block: Block) -> tuple[int, ...]:
+        return block.shape[1:]
 
     for _, same in groupby(sorted(blocks, key=shape), shape):
         for capped in _capped(((block, 4 * prod(block.shape)) for block in same), limit):
@@ -276,14 +262,14 @@ def _grouped(pieces: Iterable[Piece]) -> list[list[Piece]]:
     return list(groups.values())
 
 
-def _cut(pieces: Iterable[Piece], shards: int) -> Iterator[list[Piece]]:
+def _cut(pieces: Iterable[Piece], shards: int, workspace: int) -> Iterator[list[Piece]]:
     """Batches of which a rank receives no more than the workspace."""
 
-    def shape(piece: Piece) -> list[int]:
-        return sorted(piece.stack[1:] if piece.stack else ())
+    def shape(piece: Piece) -> tuple[int, ...]:
+        return piece.stack[1:] if piece.stack else ()
 
     sizes = ((x, 4 * prod(x.stack or ()) // shards) for x in sorted(pieces, key=shape))
-    return _capped(sizes, WORKSPACE)
+    return _capped(sizes, workspace)
 
 
 def _capped(sizes: Iterable[tuple[T, int]], limit: int) -> Iterator[list[T]]:
