@@ -32,7 +32,8 @@ class Geometry:
     Args:
         plan: What is measured.
         history: The momenta.
-        options: ``polar_method``, ``polar_steps``, ``nuclear_norm`` and ``eps`` of the optimizer.
+        options: ``polar_method``, ``polar_steps``, ``nuclear_norm``, ``eps`` and ``reuse_gradients`` of the
+            optimizer.
     """
 
     def __init__(self, plan: Plan, history: History, options: Mapping[str, Any]) -> None:
@@ -40,6 +41,7 @@ class Geometry:
         self._history = history
         self._spectral = Spectral(options["polar_method"], options["polar_steps"])
         self._mode: str = options["nuclear_norm"]
+        self._reuses_gradients: bool = options["reuse_gradients"]
         self._eps: float = options["eps"]
         self._kept: dict[Batch, Polars] = {}
         self._next_norms: list[tuple[Batch, Tensor]] = []
@@ -128,8 +130,21 @@ class Geometry:
             together = m if on_cpu(m[0]) else [torch.cat(m)]
             polar = self._spectral.direction(together)
             norms.index_copy_(0, units, self._spectral.dual(together, polar).to(norms.dtype))
-            factors.update(zip(blocks, torch.split(polar, [len(x) for x in m]), strict=True))
+            for block, factor in zip(blocks, torch.split(polar, [len(x) for x in m]), strict=True):
+                factors[block] = self._stored(batch.pieces[block.piece], block, factor)
         return Polars([factors[block] for block in owned], norms)
+
+    def _stored(self, piece: Piece, block: Block, factor: Tensor) -> Tensor:
+        """The factors of a block, in place of its gradients if these may be overwritten and are here."""
+        first, last = piece.holding.run
+        is_here = first <= block.run[0] and block.run[1] <= last and piece.tensor.grad is not None
+        if not (self._reuses_gradients and self._mode == "exact" and is_here):
+            return factor
+        grad = piece.gradient()
+        if not grad.is_contiguous() or grad.itemsize < factor.itemsize:
+            return factor
+        place = grad.view(-1)[block.run[0] - first : block.run[1] - first].view(factor.dtype)
+        return place[: factor.numel()].view(factor.shape).copy_(factor)
 
     def _squares(self, batch: Batch) -> Tensor:
         """‖m‖_F² of this rank's part of each matrix, of shape (units,)."""

@@ -64,7 +64,19 @@ _METHOD_RULES: dict[str, options.Rule] = {
     "momo": options.OPTIMIZER_OPTIONS["momo"],
 }
 _MOMO_ONLY = ("loss_lower_bound",)
-_TUNING = ("momentum", "beta2", "eps", "polar_method", "polar_steps", "nuclear_norm", *_MOMO_ONLY)
+_TUNING = (
+    *(
+        "momentum",
+        "beta2",
+        "eps",
+        "polar_method",
+        "polar_steps",
+        "nuclear_norm",
+        "reuse_gradients",
+        "workspace",
+    ),
+    *_MOMO_ONLY,
+)
 _TUNING_RULES: dict[str, options.Rule] = {
     **{name: options.OPTIMIZER_OPTIONS[name] for name in _TUNING},
     "matrix_lr_scale": options.PARAMETER_OPTIONS["lr_scale"],
@@ -72,8 +84,8 @@ _TUNING_RULES: dict[str, options.Rule] = {
 
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("momentum", "beta2", "eps", "loss_lower_bound", "matrix_lr_scale"), float),
-    "polar_steps": int,
-    "momo": bool,
+    **dict.fromkeys(("polar_steps", "workspace"), int),
+    **dict.fromkeys(("momo", "reuse_gradients"), bool),
 }
 
 
@@ -121,8 +133,9 @@ def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
     Args:
         method: Any of ``all_names()``.
         **values: ``momentum``, ``beta2``, ``eps``, ``polar_method``, ``polar_steps``, ``nuclear_norm``,
-            ``matrix_lr_scale``; with Momo ``loss_lower_bound``; for ``noneuclid`` also ``descent``,
-            ``product_norm``, ``vector_norm`` (all three required) and ``momo``.
+            ``reuse_gradients``, ``workspace``, ``matrix_lr_scale``; with Momo ``loss_lower_bound``; for
+            ``noneuclid`` also ``descent``, ``product_norm``, ``vector_norm`` (all three required) and
+            ``momo``.
 
     Raises:
         ValueError: An option is unknown to this method, missing, or out of range.

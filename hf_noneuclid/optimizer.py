@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ class Decided(NamedTuple):
 
     ok: Tensor
     step_size: Tensor
+    truncated: Tensor
     dual: Tensor
     decay_rate: Tensor
     """η, or 0 if nothing may move."""
@@ -84,6 +86,9 @@ class NonEuclideanDescent(Optimizer):
         polar_method: ``polar_express``, ``newton_schulz`` or ``svd``.
         polar_steps: Iterations of the first two.
         nuclear_norm: ``exact``; ``stale``, each matrix's of the step before; or ``frobenius``, ‖m‖_F instead.
+        reuse_gradients: Keep polar factors where the gradients of their matrices were: an ``exact`` step then
+            needs no more memory than a ``stale`` one, and ``p.grad`` is of no use after it. Only for matrices
+            whose whole gradient is on the rank that owns them, as on one device, under DDP, and ZeRO-1 and 2.
         workspace: MiB of temporary copies of parameters that a step may make at once; a matrix that is
             larger is worked on alone. On a CPU the copies are smaller still.
 
@@ -124,6 +129,7 @@ class NonEuclideanDescent(Optimizer):
         polar_method: PolarMethod = "polar_express",
         polar_steps: int = 5,
         nuclear_norm: options.NuclearNorm = "exact",
+        reuse_gradients: bool = False,
         workspace: int = 256,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key in options.OPTIMIZER_OPTIONS}
@@ -137,6 +143,7 @@ class NonEuclideanDescent(Optimizer):
         self._observed: Loss | None = None
         self._plan: Plan | None = None
         self._plan_key: list[Any] = []
+        self._eta: Tensor | None = None
         self._record: StepRecord | None = None
         self._counter: StepCounter | None = None
         self._first_loss: Tensor | None = None
@@ -225,7 +232,7 @@ class NonEuclideanDescent(Optimizer):
         checked = self._check(plan, loss, must_move=preparing)
         self._accumulate(checked)
         measured = self._measure(plan)
-        decided = self._decide(plan, lr, checked, measured)
+        decided = self._decide(plan, self._learning_rate(plan, lr), checked, measured)
         self._apply(plan, decided, measured)
         self._report(plan, lr, checked, measured, decided)
         return loss
@@ -262,13 +269,12 @@ class NonEuclideanDescent(Optimizer):
         duals = {batch: self._geometry.dual(batch, partial) for batch, partial in by_batch}
         return Measured(duals, summed[-1] if momo else None)
 
-    def _decide(self, plan: Plan, lr: float, checked: Checked, measured: Measured) -> Decided:
+    def _decide(self, plan: Plan, eta: Tensor, checked: Checked, measured: Measured) -> Decided:
         """Phase 3: D, the shares c and τ."""
         descent: Descent = self._option("descent")
         d = torch.cat([measured.duals[batch] for batch in plan.batches]) * plan.scales
         n = plan.matrix_units
         product = product_norm(self._option("product_norm")).compose(d[:n], d[n:])
-        eta = plan.scalar(lr)
         tau = torch.where(product.dual == 0, 0, eta)
         if measured.inner is not None:
             height = model_value(self._history.running_loss, measured.inner, self._option("loss_lower_bound"))
@@ -277,7 +283,7 @@ class NonEuclideanDescent(Optimizer):
         shares = torch.cat([product.matrix_shares, product.vector_shares])
         length = tau * product.dual if descent == "regularized" else tau
         coefficients = torch.where(ok, -length * shares * plan.scales, 0)
-        return Decided(ok, tau, product.dual, eta * ok, coefficients)
+        return Decided(ok, tau, tau < eta, product.dual, eta * ok, coefficients)
 
     def _apply(self, plan: Plan, decided: Decided, measured: Measured) -> None:
         """Phase 4: p ← (1 - ηλ) p + coefficient u."""
@@ -290,6 +296,25 @@ class NonEuclideanDescent(Optimizer):
 
     def _option(self, name: str) -> Any:
         return self.param_groups[0][name]
+
+    def _learning_rate(self, plan: Plan, lr: float) -> Tensor:
+        """η on the device, the same tensor in every step; a CUDA graph is not to fill it with one number."""
+        if self._eta is None:
+            self._eta = plan.scalar(lr)
+        elif not _is_captured(plan.device):
+            self._eta.fill_(lr)
+        return self._eta
+
+    def update_lr(self) -> None:
+        """Hands the learning rate of the groups to a step that was captured in a CUDA graph.
+
+        Call it before each replay. A step that is not replayed does it by itself.
+        """
+        lr = options.common_lr(self.param_groups)
+        if self._eta is not None:
+            self._eta.fill_(lr)
+        if self._record is not None:
+            self._record = replace(self._record, lr=lr)
 
     def _current_plan(self) -> Plan:
         """The plan, made anew if parameters were added, frozen or replaced, or their options changed."""
@@ -329,14 +354,13 @@ class NonEuclideanDescent(Optimizer):
     def _report(self, plan: Plan, lr: float, checked: Checked, measured: Measured, decided: Decided) -> None:
         if self._counter is None:
             self._counter = StepCounter(plan.device)
-        truncated = decided.step_size < lr
-        self._counter.count(decided.ok, truncated)
+        self._counter.count(decided.ok, decided.truncated)
         if not self._first_loss_seen and self._option("momo"):
             self._first_loss, self._first_loss_seen = checked.loss, True
         self._record = StepRecord(
             lr=lr,
             step_size=decided.step_size,
-            truncated=truncated,
+            truncated=decided.truncated,
             dual_norm=decided.dual,
             loss=checked.loss,
             running_loss=self._history.running_loss.clone() if checked.inner is not None else None,
@@ -398,6 +422,11 @@ class NonEuclideanDescent(Optimizer):
         for param, saved in zip(params, saved_states, strict=True):
             for key, value in saved.items():
                 self.state[param][key] = value.detach().to(param.device, copy=True)
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether what is done now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _references(group: dict[str, Any]) -> list[weakref.ref[Tensor]]:

@@ -55,6 +55,7 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     "polar_method": _one_of(POLAR_METHODS),
     "polar_steps": _count("an integer >= 1"),
     "nuclear_norm": _one_of(NUCLEAR_NORMS),
+    "reuse_gradients": _boolean(),
     "workspace": _count("an integer >= 1, in MiB"),
 }
 

@@ -298,6 +298,73 @@ def test_all_gradients_zero_is_no_step_and_never_nan(method):
 # -------------------------------------------------------------------- no waiting, one polar factor
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_polar_factors_may_take_the_place_of_gradients_and_change_nothing(method, dtype):
+    (net, optimizer), (other, reusing) = (make(method, dtype=dtype, reuse_gradients=x) for x in (False, True))
+    train(net, optimizer, 5)
+    train(other, reusing, 5)
+    assert same(snapshot(net, optimizer), snapshot(other, reusing))
+    if dtype == torch.float32:  # which a polar factor on a CPU is: it does not fit into a bfloat16 gradient
+        polar = hf_noneuclid.polar.polar_factor(reusing.state[other.up.weight]["momentum"])
+        torch.testing.assert_close(other.up.weight.grad, polar)
+        assert not torch.equal(net.up.weight.grad, other.up.weight.grad)
+
+
+@pytest.mark.parametrize("workspace", [1, 7])
+def test_the_workspace_changes_only_how_much_is_done_at_once(workspace, monkeypatch):
+    (net, optimizer), (other, small) = make(), make(workspace=workspace)
+    monkeypatch.setattr("hf_noneuclid.optimizer.MIB", 100)  # so that the network does not fit
+    train(other, small, 5)
+    monkeypatch.undo()
+    train(net, optimizer, 5)
+    torch.testing.assert_close(snapshot(other, small), snapshot(net, optimizer))
+
+
+def test_a_captured_step_reads_the_learning_rate_that_was_handed_to_it(monkeypatch):
+    """A CUDA graph would go on with the number that it was captured with."""
+    net, optimizer = make("muon", weight_decay=0.0)
+    train(net, optimizer, 1)
+    monkeypatch.setattr("hf_noneuclid.optimizer._is_captured", lambda device: True)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = net.up.weight.clone()
+    train(net, optimizer, 1)
+    assert not torch.equal(before, net.up.weight)
+    optimizer.update_lr()
+    assert optimizer.diagnostics()["lr"] == 0
+    before = net.up.weight.clone()
+    train(net, optimizer, 1)
+    assert torch.equal(before, net.up.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_in_a_cuda_graph_is_the_step(method):
+    (net, optimizer), (other, captured) = make(method), make(method)
+    for one in (net, other):
+        one.cuda()
+    grads = [torch.randn_like(p) for p in net.parameters()]
+    loss = torch.ones((), device="cuda")
+    for one in (net, other):
+        for p, grad in zip(one.parameters(), grads, strict=True):
+            p.grad = grad.clone()
+    for _ in range(3):
+        optimizer.step(loss=loss)
+        captured.step(loss=loss)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step(loss=loss)
+    for lr in (0.02, 0.01, 0.005):
+        for group in (*optimizer.param_groups, *captured.param_groups):
+            group["lr"] = lr
+        optimizer.step(loss=loss)
+        captured.update_lr()
+        graph.replay()
+    torch.testing.assert_close(list(other.parameters()), list(net.parameters()))
+
+
 class Syncs(TorchDispatchMode):
     """Counts reads of device values by the host."""
 
