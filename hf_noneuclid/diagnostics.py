@@ -52,7 +52,7 @@ class StepRecord:
     dual_norm: Tensor
     loss: Tensor | None
     running_loss: Tensor | None
-    lower_bound: float
+    lower_bound: Tensor | None
     nuclear_norms: Tensor
     matrix_names: Sequence[str]
 
@@ -65,6 +65,6 @@ class StepRecord:
             "dual_norm": self.dual_norm.item(),
             "loss": None if self.loss is None else self.loss.item(),
             "running_loss": None if self.running_loss is None else self.running_loss.item(),
-            "loss_lower_bound": self.lower_bound,
+            "loss_lower_bound": None if self.lower_bound is None else self.lower_bound.item(),
             "nuclear_norms": dict(zip(self.matrix_names, nuclear, strict=True)),
         }

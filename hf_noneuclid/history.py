@@ -20,7 +20,7 @@ from .norms import ADAPTIVE_NORMS
 State = MutableMapping[Tensor, dict[str, Any]]
 Places = dict[Piece, slice]
 
-_ON_DEVICE = ("step", "running_loss", "nuclear_norm")
+_ON_DEVICE = ("step", "running_loss", "lower_bound_memory", "nuclear_norm")
 
 UNSET = -1.0
 """A stale nuclear norm that has not been measured yet."""
@@ -43,6 +43,7 @@ class History:
         pieces: Sequence[Piece],
         *,
         momo: bool,
+        bound_memory: float | None,
         stale: bool,
         dtype: torch.dtype,
         device: torch.device,
@@ -67,12 +68,11 @@ class History:
             if stale and piece in self._nuclear and "nuclear_norm" not in its:
                 length = _length(piece, self._nuclear)
                 its["nuclear_norm"] = torch.full((length,), UNSET, dtype=dtype, device=device)
-        if momo:
-            self._share(
-                "running_loss",
-                pieces,
-                shared.get("running_loss", torch.zeros((), dtype=dtype, device=device)),
-            )
+        starts = {"running_loss": 0.0, "lower_bound_memory": bound_memory} if momo else {}
+        for key, start in starts.items():
+            if start is not None:
+                fresh = torch.full((), start, dtype=dtype, device=device)
+                self._share(key, pieces, shared.get(key, fresh))
         self._cohorts = self._by_step() if known and not momo else [self._pieces]
 
     def _allocate_second_moment(self, piece: Piece) -> Tensor:
@@ -92,6 +92,17 @@ class History:
         """f̄, 0-d."""
         running: Tensor = self._state[self._pieces[0].tensor]["running_loss"]
         return running
+
+    @property
+    def bound_memory(self) -> Tensor:
+        """What the rule for the lower bound remembers, 0-d; f̄ if it remembers nothing."""
+        memory: Tensor = self._state[self._pieces[0].tensor].get("lower_bound_memory", self.running_loss)
+        return memory
+
+    def keep_bound_memory(self, memory: Tensor, ok: Tensor) -> None:
+        """Keeps it for the next step, if it is kept at all."""
+        if "lower_bound_memory" in self._state[self._pieces[0].tensor]:
+            self._share("lower_bound_memory", self._pieces, torch.where(ok, memory, self.bound_memory))
 
     def dtype(self, piece: Piece) -> torch.dtype:
         """Of the momentum."""

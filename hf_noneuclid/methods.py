@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import options
-from .momo import Descent
+from .momo import BOUND_RULES, Descent
 from .norms import VECTOR_NORMS, VectorNormName
 from .optimizer import NonEuclideanDescent
 from .product_norms import ProductNormName
@@ -63,27 +63,17 @@ _METHOD_RULES: dict[str, options.Rule] = {
     "vector_norm": (lambda x: x in VECTOR_NORMS, "one of " + ", ".join(VECTOR_NORMS)),
     "momo": options.OPTIMIZER_OPTIONS["momo"],
 }
-_MOMO_ONLY = ("loss_lower_bound",)
-_TUNING = (
-    *(
-        "momentum",
-        "beta2",
-        "eps",
-        "polar_method",
-        "polar_steps",
-        "nuclear_norm",
-        "reuse_gradients",
-        "workspace",
-    ),
-    *_MOMO_ONLY,
-)
+_MOMO_ONLY = options.LOWER_BOUND_OPTIONS
+_MEASURING = ("polar_method", "polar_steps", "nuclear_norm", "reuse_gradients", "workspace")
+_TUNING = ("momentum", "beta2", "eps", *_MEASURING, *_MOMO_ONLY)
 _TUNING_RULES: dict[str, options.Rule] = {
     **{name: options.OPTIMIZER_OPTIONS[name] for name in _TUNING},
     "matrix_lr_scale": options.PARAMETER_OPTIONS["lr_scale"],
 }
 
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("momentum", "beta2", "eps", "loss_lower_bound", "matrix_lr_scale"), float),
+    **dict.fromkeys(("momentum", "beta2", "eps", "matrix_lr_scale"), float),
+    **dict.fromkeys(_MOMO_ONLY, float),
     **dict.fromkeys(("polar_steps", "workspace"), int),
     **dict.fromkeys(("momo", "reuse_gradients"), bool),
 }
@@ -111,12 +101,16 @@ def all_names() -> list[str]:
 def parse_options(text: Mapping[str, str]) -> dict[str, Any]:
     """Options given as text (``--optim_args "momentum=0.9,nuclear_norm=stale"``) as typed values.
 
-    Unknown ones stay text; ``resolve`` knows which a method has.
+    ``auto`` and ``star`` stand for themselves. Unknown options stay text; ``resolve`` knows which a method
+    has.
 
     Raises:
         ValueError: The text of an option is not of its type.
     """
-    return {name: _parse(name, value, _TYPES.get(name, str)) for name, value in text.items()}
+    return {
+        name: value if value in BOUND_RULES else _parse(name, value, _TYPES.get(name, str))
+        for name, value in text.items()
+    }
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
@@ -133,7 +127,8 @@ def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
     Args:
         method: Any of ``all_names()``.
         **values: ``momentum``, ``beta2``, ``eps``, ``polar_method``, ``polar_steps``, ``nuclear_norm``,
-            ``reuse_gradients``, ``workspace``, ``matrix_lr_scale``; with Momo ``loss_lower_bound``; for
+            ``reuse_gradients``, ``workspace``, ``matrix_lr_scale``; with Momo ``loss_lower_bound``,
+            ``lower_bound_fraction`` and ``lower_bound_horizon``; for
             ``noneuclid`` also ``descent``, ``product_norm``, ``vector_norm`` (all three required) and
             ``momo``.
 

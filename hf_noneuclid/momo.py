@@ -13,6 +13,9 @@ References:
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -21,16 +24,17 @@ from torch import Tensor
 Descent = Literal["constrained", "regularized"]
 DESCENTS: tuple[str, ...] = get_args(Descent)
 
+BOUND_RULES = ("auto", "star")
 
-def model_value(running_loss: Tensor, momentum_inner: Tensor, lower_bound: Tensor | float) -> Tensor:
-    """The height h of the model above the lower bound.
+
+def model_value(running_loss: Tensor, momentum_inner: Tensor) -> Tensor:
+    """What the average of the linearisations says the loss is at the parameters, H.
 
     Args:
         running_loss: f̄, 0-d, in units of the loss.
         momentum_inner: Σ⟨p, m⟩ over all parameters before the step, 0-d.
-        lower_bound: F*, in units of the loss.
     """
-    return running_loss - lower_bound + momentum_inner
+    return running_loss + momentum_inner
 
 
 def truncated_step_size(lr: Tensor, height: Tensor, dual: Tensor, descent: Descent) -> Tensor:
@@ -38,7 +42,7 @@ def truncated_step_size(lr: Tensor, height: Tensor, dual: Tensor, descent: Desce
 
     Args:
         lr: The scheduled learning rate η, 0-d.
-        height: h, as of ``model_value``, 0-d.
+        height: h = H - F*, the model above the lower bound, 0-d.
         dual: D, the dual norm of the momentum of the whole network, 0-d.
         descent: ``constrained`` divides h by D, ``regularized`` by D².
     """
@@ -46,3 +50,98 @@ def truncated_step_size(lr: Tensor, height: Tensor, dual: Tensor, descent: Desce
     if descent == "regularized":
         bound = bound / dual  # not by D², which a tiny or huge D does not survive in float32
     return torch.where(dual == 0, 0, torch.minimum(lr, bound))
+
+
+def model_decrease(step_size: Tensor, dual: Tensor, descent: Descent) -> Tensor:
+    """By how much a step lowers the model: τ D (constrained) or τ D² (regularized), 0-d."""
+    decrease = step_size * dual
+    return decrease * dual if descent == "regularized" else decrease
+
+
+class LowerBound(ABC):
+    """F*, a number or a rule that finds one while training. What a rule knows is a number, its memory."""
+
+    initial: float | None = None
+    """The memory before the first step, if there is any."""
+
+    @abstractmethod
+    def bound(self, memory: Tensor, loss: Tensor, model: Tensor) -> Tensor:
+        """F* for this step.
+
+        Args:
+            memory: From the step before, 0-d.
+            loss: f, 0-d.
+            model: H, 0-d.
+        """
+
+    def remember(self, memory: Tensor, loss: Tensor, model: Tensor, decrease: Tensor) -> Tensor:
+        """The memory after this step, which lowers the model by ``decrease``."""
+        return memory
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed(LowerBound):
+    """A number that the loss does not go below."""
+
+    value: float
+
+    def bound(self, memory: Tensor, loss: Tensor, model: Tensor) -> Tensor:
+        return torch.full_like(model, self.value)
+
+
+class Star(LowerBound):
+    """The largest bound with which the last step would still have been right, by the theory of MoMo.
+
+    It assumes a convex loss that is never negative. Its memory is the bound.
+
+    References:
+        F. Schaipp et al., "MoMo: Momentum Models for Adaptive Learning Rates", arXiv 2305.07583, 2024: its
+        online lower bound, and the reset of that where the model has come below it.
+    """
+
+    initial = 0.0
+
+    def bound(self, memory: Tensor, loss: Tensor, model: Tensor) -> Tensor:
+        return torch.where(model < memory, model / 2, memory).clamp(min=0)
+
+    def remember(self, memory: Tensor, loss: Tensor, model: Tensor, decrease: Tensor) -> Tensor:
+        return (model - decrease / 2).clamp(min=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Relative(LowerBound):
+    """A fraction of a running mean of the loss: no step may lower the model by more than the rest of it.
+
+    It assumes a loss above 0, of any scale, and that scale may change. Its memory is the mean.
+
+    Args:
+        fraction: Of the mean, from 0 (where it is the bound 0) to below 1.
+        horizon: Steps over which the mean forgets.
+    """
+
+    fraction: float
+    horizon: float
+
+    initial = math.nan
+
+    def bound(self, memory: Tensor, loss: Tensor, model: Tensor) -> Tensor:
+        return self.fraction * self._mean(memory, loss)
+
+    def remember(self, memory: Tensor, loss: Tensor, model: Tensor, decrease: Tensor) -> Tensor:
+        return self._mean(memory, loss)
+
+    def _mean(self, memory: Tensor, loss: Tensor) -> Tensor:
+        return torch.where(memory.isnan(), loss, memory + (loss - memory) / self.horizon)
+
+
+def lower_bound(value: float | str, fraction: float, horizon: float) -> LowerBound:
+    """The rule of that name, ``star`` or ``auto``, or a number as one.
+
+    Args:
+        value: Of the option ``loss_lower_bound``.
+        fraction: Of ``Relative``, which ``auto`` is.
+        horizon: The same.
+    """
+    if isinstance(value, str):
+        return Star() if value == "star" else Relative(fraction, horizon)
+    return Fixed(value)

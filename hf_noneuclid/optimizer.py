@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .history import History
 from .layouts import bind
 from .layouts.pieces import make_pieces
 from .layouts.plan import Batch, Plan, make_plan
-from .momo import Descent, model_value, truncated_step_size
+from .momo import Descent, lower_bound, model_decrease, model_value, truncated_step_size
 from .polar import PolarMethod
 from .product_norms import ProductNormName, product_norm
 
@@ -54,6 +54,9 @@ class Decided(NamedTuple):
     ok: Tensor
     step_size: Tensor
     truncated: Tensor
+    lower_bound: Tensor | None
+    bound_memory: Tensor | None
+    """What the rule for F* remembers for the next step."""
     dual: Tensor
     decay_rate: Tensor
     """η, or 0 if nothing may move."""
@@ -77,7 +80,10 @@ class NonEuclideanDescent(Optimizer):
         descent: ``constrained`` (p ← p - τ c u) or ``regularized`` (p ← p - τ D c u).
         product_norm: ``linf``, ``l2`` or ``hybrid``.
         momo: Truncate the step size by a model of the loss; needs the loss at every step.
-        loss_lower_bound: F*, a lower bound of the loss, in its units. Momo only.
+        loss_lower_bound: F*, a lower bound of the loss, in its units; or a rule that finds one: ``auto``, a
+            fraction of a running mean of the loss, or ``star``, MoMo's own estimate. Momo only.
+        lower_bound_fraction: Of that mean.
+        lower_bound_horizon: Steps over which it forgets.
         momentum: β, of the momentum and of the running loss.
         beta2: β₂, of the second moment.
         eps: ε in a = ε + √v.
@@ -120,7 +126,9 @@ class NonEuclideanDescent(Optimizer):
         descent: Descent,
         product_norm: ProductNormName,
         momo: bool = False,
-        loss_lower_bound: float = 0.0,
+        loss_lower_bound: float | Literal["auto", "star"] = 0.0,
+        lower_bound_fraction: float = 0.7,
+        lower_bound_horizon: float = 10.0,
         momentum: float = 0.95,
         beta2: float = 0.95,
         eps: float = 1e-8,
@@ -276,14 +284,18 @@ class NonEuclideanDescent(Optimizer):
         n = plan.matrix_units
         product = product_norm(self._option("product_norm")).compose(d[:n], d[n:])
         tau = torch.where(product.dual == 0, 0, eta)
-        if measured.inner is not None:
-            height = model_value(self._history.running_loss, measured.inner, self._option("loss_lower_bound"))
-            tau = truncated_step_size(eta, height, product.dual, descent)
+        bound = memory = None
+        if measured.inner is not None and checked.loss is not None:
+            model = model_value(self._history.running_loss, measured.inner)
+            known = (self._history.bound_memory, checked.loss, model)
+            bound = self._lower_bound.bound(*known)
+            tau = truncated_step_size(eta, model - bound, product.dual, descent)
+            memory = self._lower_bound.remember(*known, model_decrease(tau, product.dual, descent))
         ok = checked.ok & product.dual.isfinite() & tau.isfinite()
         shares = torch.cat([product.matrix_shares, product.vector_shares])
         length = tau * product.dual if descent == "regularized" else tau
         coefficients = torch.where(ok, -length * shares * plan.scales, 0)
-        return Decided(ok, tau, tau < eta, product.dual, eta * ok, coefficients)
+        return Decided(ok, tau, tau < eta, bound, memory, product.dual, eta * ok, coefficients)
 
     def _apply(self, plan: Plan, decided: Decided, measured: Measured) -> None:
         """Phase 4: p ← (1 - ηλ) p + coefficient u."""
@@ -291,6 +303,8 @@ class NonEuclideanDescent(Optimizer):
         for batch, coefficient in zip(plan.batches, coefficients, strict=True):
             self._geometry.move(batch, measured.duals[batch], coefficient, decided.decay_rate)
         self._geometry.end_step(decided.ok)
+        if decided.bound_memory is not None:
+            self._history.keep_bound_memory(decided.bound_memory, decided.ok)
 
     # ---------------------------------------------------------------- what the phases use
 
@@ -337,10 +351,13 @@ class NonEuclideanDescent(Optimizer):
         if not pieces:
             raise RuntimeError("no parameter of the optimizer requires a gradient: there is nothing to step.")
         plan = make_plan(pieces, ranks, self._option("polar_steps"), self._option("workspace") * MIB)
+        rule = (self._option(name) for name in options.LOWER_BOUND_OPTIONS)
+        self._lower_bound = lower_bound(*rule)
         self._history = History(
             self.state,
             pieces,
             momo=momo,
+            bound_memory=self._lower_bound.initial,
             stale=self._option("nuclear_norm") == "stale",
             dtype=plan.dtype,
             device=plan.device,
@@ -364,7 +381,7 @@ class NonEuclideanDescent(Optimizer):
             dual_norm=decided.dual,
             loss=checked.loss,
             running_loss=self._history.running_loss.clone() if checked.inner is not None else None,
-            lower_bound=self._option("loss_lower_bound"),
+            lower_bound=decided.lower_bound,
             nuclear_norms=torch.cat([plan.scales[:0], *(measured.duals[batch] for batch in plan.matrices)]),
             matrix_names=plan.matrix_names(),
         )
@@ -391,7 +408,7 @@ class NonEuclideanDescent(Optimizer):
         """Once: with a lower bound above the loss no step is ever taken."""
         first, bound = self._first_loss, self._option("loss_lower_bound")
         self._first_loss = None
-        if first is not None and bound > (loss := first.item()):
+        if first is not None and not isinstance(bound, str) and bound > (loss := first.item()):
             warnings.warn(
                 f"loss_lower_bound is {bound:g}, above the first loss, {loss:g}: Momo takes the "
                 "loss for one that cannot fall and makes no step. Give a bound below every loss, such as 0.0 "

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .momo import DESCENTS
+from .momo import BOUND_RULES, DESCENTS
 from .norms import NORMS
 from .polar import POLAR_METHODS
 from .product_norms import PRODUCT_NORMS
@@ -37,6 +37,12 @@ def _one_of(values: Sequence[str]) -> Rule:
     return lambda x: isinstance(x, str) and x in values, "one of " + ", ".join(values)
 
 
+def _number_or(names: Sequence[str]) -> Rule:
+    is_number, words = _number(lambda x: True, "a finite number")
+    is_name, _ = _one_of(names)
+    return lambda x: is_number(x) or is_name(x), f"{words}, or one of {', '.join(names)}"
+
+
 def _boolean() -> Rule:
     return lambda x: isinstance(x, bool), "True or False"
 
@@ -46,7 +52,9 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     "descent": _one_of(DESCENTS),
     "product_norm": _one_of(PRODUCT_NORMS),
     "momo": _boolean(),
-    "loss_lower_bound": _number(lambda x: True, "a finite number"),
+    "loss_lower_bound": _number_or(BOUND_RULES),
+    "lower_bound_fraction": _number(lambda x: 0 <= x < 1, "a number in [0, 1)"),
+    "lower_bound_horizon": _number(lambda x: x >= 1, "a number of steps >= 1"),
     "momentum": _number(lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "beta2": _number(lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "eps": _number(lambda x: x > 0, "a finite number > 0"),
@@ -67,6 +75,8 @@ PARAMETER_OPTIONS: dict[str, Rule] = {
     "flatten": _boolean(),
 }
 """What may differ between groups, or, given as a list, between the parameters of a group."""
+
+LOWER_BOUND_OPTIONS = ("loss_lower_bound", "lower_bound_fraction", "lower_bound_horizon")
 
 METHOD_OPTIONS = ("descent", "product_norm", "momo", "norm")
 """What makes a method: a checkpoint that differs in one of these belongs to another optimizer."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_noneuclid import METHODS, NonEuclideanDescent, create_optimizer, one_group
 from hf_noneuclid.methods import create_groups, optimizer_arguments, resolve
+from hf_noneuclid.momo import BOUND_RULES
 
 SHARES, STEPS = 4, 7
 LOSSES = (8.0, 12.0, 8.0, 20.0, 8.0, 24.0, 28.0)
@@ -31,6 +32,7 @@ class Case(NamedTuple):
     """Of the gradient of one matrix."""
     starts_badly: bool = False
     """The first gradient is NaN, and in the first good step one is missing."""
+    lower_bound: float | str = LOWER_BOUND
 
     @property
     def bad_gradient(self):
@@ -62,6 +64,7 @@ CASES = [
     ),
     Case("muonmax_momo", "frobenius", scale=TINY),
     Case("muonmax", "frobenius", scale=HUGE),
+    *(Case("muonmax_momo", lower_bound=rule, starts_badly=x) for rule in BOUND_RULES for x in (False, True)),
     *(Case(method, "stale", model=model) for method in METHODS for model in ("one", "none")),
     *(
         Case("muonmax_momo", nuclear, model=model)
@@ -169,7 +172,7 @@ def make_optimizer(case, model, merged):
         "momentum": 0.5,
         "beta2": 0.75,
         "matrix_lr_scale": 2.0,
-        **({"loss_lower_bound": LOWER_BOUND} if momo else {}),
+        **({"loss_lower_bound": case.lower_bound} if momo else {}),
     }
     name = case.method.removesuffix("_momo")
     lr = LEARNING_RATES[name] * FEWER[case.model] ** (1 if name in ("muon", "scion") else 2)

@@ -125,8 +125,8 @@ def test_a_matrix_costs_one_float32_momentum_and_nothing_else_as_large(ranks):
             sizes = seen[case]["bytes"]
             assert sizes["momenta"] == sizes["float32"], case
             scalars = sizes["all"] - sizes["momenta"] - sizes["second_moments"]
-            # A stale norm for each matrix, the step count and the running loss.
-            assert 0 <= scalars <= 4 * (sizes["units"] + 2), case
+            # A stale norm for each matrix, the step count, the running loss and what the lower bound knows.
+            assert 0 <= scalars <= 4 * (sizes["units"] + 3), case
 
 
 def test_every_polar_factor_is_computed_once_and_no_rank_computes_most_of_them(ranks, alone):
