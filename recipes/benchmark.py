@@ -10,7 +10,6 @@ round by round, the rate and the accuracy of the polar factors, memory, and the 
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -18,14 +17,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import contenders
-import timing
 import torch
-from contenders import Contender
 from plan import _number, _table
 from torch import nn
 
 from hf_noneuclid.polar import polar_factor
+
+from costs import contenders, timing
+from costs.contenders import Contender
+from training.hardware import describe_hardware
 
 BASELINES = ("adamw", "torch_muon", "muon")
 MICRO_BATCH = {"cuda": 8192, "cpu": 512}
@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.profile:
         timing.write_trace(fields[-1].step, device, args.profile)
     return {
-        "hardware": hardware(device),
+        "hardware": describe_hardware(device),
         **{key: getattr(args, key) for key in ("shapes", "device", "rounds", "tokens")},
         **_sizes(model),
         "matmul": matmul,
@@ -143,19 +143,6 @@ def accuracy(model: nn.Module, fields: Sequence[Contender]) -> dict[str, Any]:
     }
     errors = timing.polar_errors(chosen, {**by_name, "torch.optim.Muon": timing.torch_polar})
     return {"matrices": [list(m.shape) for m in chosen], "errors": errors}
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """Say what was measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
 
 
 def _largest_rows(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from options import read_config
+from training.options import read_config
 
 PRETRAIN = Path(__file__).with_name("pretrain.py")
 ADAM_BETAS = ["--adam_beta1", "0.9", "--adam_beta2", "0.95"]  # the Trainer's 0.999 is slow for short runs

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from engine_costs import DTYPES, ENGINE_SENT, MODEL_STATE, plan_row
-from layout_costs import ENGINES, Costs, Shapes, grid_of, shapes_of
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from hf_noneuclid.options import NUCLEAR_NORMS
+
+from costs.engine_costs import DTYPES, ENGINE_SENT, MODEL_STATE, plan_row
+from costs.layout_costs import ENGINES, Costs, Shapes, grid_of, shapes_of
 
 MODELS = {
     "gpt2": GPT2Config(),
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = load_config(args.model)
         if args.measure:
-            import measured_costs  # DeepSpeed is asked for only here
+            from costs import measured_costs  # DeepSpeed is asked for only here
 
             measured_costs.main(args, config)
             return

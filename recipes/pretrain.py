@@ -7,6 +7,8 @@ With no arguments a small GPT-2 trains on the embedded corpus with MuonMax-Momo;
 minutes.
 """
 
+import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -14,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from corpus import load_corpus
-from model import load_config, load_model, load_tokenizer
-from options import DataArguments, InputError, ModelArguments, RecipeArguments, parse, read_config
-from packing import Data, collate, pack, pack_lazily, spread
-from results import (
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
+
+from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
+
+from training.corpus import load_corpus
+from training.model import load_config, load_model, load_tokenizer
+from training.options import DataArguments, InputError, ModelArguments, RecipeArguments, parse, read_config
+from training.packing import Data, collate, pack, pack_lazily, spread
+from training.results import (
     block_losses,
     collect_metrics,
     count_parameters,
@@ -27,11 +34,7 @@ from results import (
     summarise,
     write_metrics,
 )
-from run_folder import delete_run, find_checkpoint
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
-from transformers.integrations import unset_hf_deepspeed_config
-
-from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
+from training.run_folder import delete_run, find_checkpoint
 
 EXIT_BAD_INPUT, EXIT_DIVERGED = 2, 3
 DIVERGED = "in a row had a NaN or infinite"  # hf_noneuclid's word for a run that cannot go on
@@ -120,8 +123,11 @@ def train(trainer: Trainer, checkpoint: str | None, invocation: dict[str, Any]) 
         if DIVERGED not in str(error):
             raise
         if trainer.is_world_process_zero():
-            outcome = {"eval_loss": None, "diverged": True, "reason": str(error), **invocation}
-            write_metrics(Path(trainer.args.output_dir) / "metrics.json", outcome)
+            folder, reason = Path(trainer.args.output_dir), str(error)
+            step = re.search(r"the first of them step (\d+)", reason)
+            outcome = {"eval_loss": None, "diverged": True, "diverged_at": step and int(step[1])}
+            write_metrics(folder / "history.json", trainer.state.log_history)
+            write_metrics(folder / "metrics.json", {**outcome, "reason": reason, **invocation})
         stop(f"diverged: {error}", EXIT_DIVERGED)
 
 
@@ -133,16 +139,25 @@ def save_model(trainer: Trainer) -> None:
 
 
 def write_results(trainer: Trainer, data: Data, final: dict[str, float], facts: dict[str, Any]) -> None:
-    """Write metrics.json and curves.png, and print a sample and the final loss."""
-    args, folder = trainer.args, Path(trainer.args.output_dir)
+    """Write metrics.json, history.json and curves.png, and print a sample and the final loss."""
+    args, folder, history = trainer.args, Path(trainer.args.output_dir), trainer.state.log_history
     metrics = collect_metrics(trainer, final["final_loss"], data)
+    if metrics["diverged"]:
+        metrics["diverged_at"] = first_bad_step(history)
+    write_metrics(folder / "history.json", history)
     write_metrics(folder / "metrics.json", {**metrics, **facts})
-    plot_curves(folder / "curves.png", trainer.state.log_history)
+    plot_curves(folder / "curves.png", history)
     if args.sample_tokens > 0 and not metrics["diverged"]:
         unset_hf_deepspeed_config()  # ZeRO-3 would partition the model loaded here, and wait for other ranks
         prompt = args.prompt or data.tokenizer.decode(data.validation.dataset[0]["input_ids"][:8])
         print(f"\nSample, from {prompt!r} on:\n{sample(folder, prompt, args)}\n")
     print(f"Validation loss {final['final_loss']:.4f}, perplexity {final['final_perplexity']:.2f}: {folder}")
+
+
+def first_bad_step(history: list[dict[str, Any]]) -> int | None:
+    """Return the first step at which a NaN or infinite loss was logged, None if there is none."""
+    rows = (row for row in history if not math.isfinite(row.get("loss", row.get("eval_loss", 0.0))))
+    return next((row["step"] for row in rows), None)
 
 
 def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:

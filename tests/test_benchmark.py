@@ -1,20 +1,15 @@
 """The benchmark: what it counts, how it compares, and what it refuses. Nothing here depends on the time."""
 
 import json
-import sys
-from pathlib import Path
 
+import benchmark
 import pytest
 import torch
 from torch import nn
 
 from hf_noneuclid.polar import polar_factor, polar_flops
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import benchmark
-import contenders
-import timing
+from costs import contenders, timing
 
 CPU = torch.device("cpu")
 

@@ -1,19 +1,12 @@
 """The text of the recipes: parts that do not overlap, and blocks that lose nothing."""
 
-import sys
-from pathlib import Path
-
 import datasets
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import corpus
-import model as recipe_model
-import options
-import packing
+from training import corpus, options, packing
+from training import model as recipe_model
 
 DOCUMENTS = ["the king\n", "", "of the land and the people of the land", "a", "über alles\nthe end"]
 

@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
-import sys
 from math import prod
-from pathlib import Path
 
 import numpy as np
+import plan
 import pytest
 import torch
 from torch import nn
@@ -16,11 +15,7 @@ from hf_noneuclid.layouts import plan as optimizer_plan
 from hf_noneuclid.layouts.exchange import Exchange
 from hf_noneuclid.layouts.ranks import Ranks, pads
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-import engine_costs
-import layout_costs
-import plan
+from costs import engine_costs, layout_costs
 
 GRIDS = {
     "ddp": (4, 1),

@@ -8,19 +8,17 @@ import sys
 from pathlib import Path
 
 import datasets
+import learning_rates
 import numpy as np
+import pretrain
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path.insert(0, str(RECIPES))
+from training import options, results
 
-import learning_rates  # noqa: E402
-import options  # noqa: E402
-import pretrain  # noqa: E402
-import results  # noqa: E402
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 TINY = [
     "--use_cpu=true",
@@ -151,7 +149,7 @@ def test_metrics_are_written_whole_or_not_at_all(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        results._write_whole(path, dies_half_way)
+        results.write_whole(path, dies_half_way)
     assert json.loads(path.read_text()) == {"loss": None, "of": [1.0, None]}
     assert list(tmp_path.iterdir()) == [path]
 

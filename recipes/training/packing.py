@@ -9,9 +9,10 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from corpus import Documents
-from options import InputError
 from transformers import PreTrainedTokenizerBase
+
+from training.corpus import Documents
+from training.options import InputError
 
 PIECE = 1 << 20  # characters tokenized at once: a large file in one piece needs a hundred times its size
 BATCH = 256  # pieces handed over together: the tokenizer spreads them over the cores

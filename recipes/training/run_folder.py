@@ -4,11 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
-from options import InputError, RecipeArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from training.options import InputError, RecipeArguments
+
 # What a run writes. A folder with one of these holds a run.
-RUN_FILES = ("checkpoint-*", "metrics.json", "curves.png", "config.json", "model*.safetensors*")
+RUN_FILES = (
+    *("checkpoint-*", "metrics.json", "history.json", "curves.png", "config.json"),
+    "model*.safetensors*",
+)
 
 
 def find_checkpoint(args: RecipeArguments) -> str | None:

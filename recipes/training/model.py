@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import yaml
-from options import InputError, ModelArguments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
@@ -18,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from training.options import InputError, ModelArguments
 
 END_OF_TEXT = "<|endoftext|>"
 # 4.3M parameters with 4,096 tokens. No dropout: the default run sees less than half of the corpus, once.

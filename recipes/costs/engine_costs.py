@@ -10,7 +10,8 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from layout_costs import STATE_BYTES, Costs
+
+from costs.layout_costs import STATE_BYTES, Costs
 
 DTYPES = {
     "bf16": "the Trainer's --bf16: float32 weights under DDP, FSDP2 and HSDP, float32 masters under ZeRO",

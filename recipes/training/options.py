@@ -14,9 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what and what to do."""
+from training.errors import InputError
 
 
 @dataclass
@@ -220,6 +218,9 @@ class RecipeArguments(TrainingArguments):
             )
 
 
+ARGUMENT_TYPES = (ModelArguments, DataArguments, RecipeArguments)
+
+
 class _Parser(HfArgumentParser):
     """The Trainer's usage text is several pages: an error is one message."""
 
@@ -233,8 +234,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, RecipeArg
     Raises:
         SystemExit: an unknown option or a value that cannot be used; the message says which.
     """
-    types = (ModelArguments, DataArguments, RecipeArguments)
-    parser = _Parser(types, prog=Path(sys.argv[0]).name or "pretrain.py", allow_abbrev=False)
+    parser = _Parser(ARGUMENT_TYPES, prog=Path(sys.argv[0]).name or "pretrain.py", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="Defaults that the command line overrides.")
     config = read_config(argv, parser)
     try:

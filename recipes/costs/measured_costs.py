@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from layout_costs import Costs, Grid, grid_of, shapes_of
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from hf_noneuclid import NonEuclideanDescent, methods, one_group
+
+from costs.layout_costs import Costs, Grid, grid_of, shapes_of
 
 STEPS = 3
 BATCH = (2, 8)  # rows and tokens of each GPU

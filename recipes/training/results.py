@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import platform
-import tempfile
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,17 +12,16 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from options import RecipeArguments
-from packing import Data
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, Trainer
 
-PACKAGES = ("hf_noneuclid", "torch", "transformers", "accelerate", "datasets", "tokenizers")
-# Okabe and Ito's colours, told apart with any colour vision; the line styles do for print in grey.
-BLUE, VERMILION = "#0072B2", "#D55E00"
-STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+from training.drawing import BLUE, STYLE, VERMILION, History, series
+from training.files import finite, write_whole
+from training.hardware import describe_hardware
+from training.options import RecipeArguments
+from training.packing import Data
 
-History = list[dict[str, Any]]
+PACKAGES = ("hf_noneuclid", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
 def block_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
@@ -90,17 +86,12 @@ def collect_metrics(trainer: Trainer, final_loss: float, data: Data) -> dict[str
             "validation_tokens": validation.tokens,
             "validation_blocks": len(validation.dataset),
         },
+        "hardware": {**describe_hardware(trainer.args.device), "processes": trainer.args.world_size},
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
         },
     }
-
-
-def series(history: History, key: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of one key of the Trainer's log history."""
-    rows = [entry for entry in history if key in entry]
-    return [row["step"] for row in rows], [float(row[key]) for row in rows]
 
 
 def perplexity(loss: float) -> float:
@@ -127,8 +118,8 @@ def sample(folder: Path, prompt: str, args: RecipeArguments) -> str:
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     """Write metrics as JSON, whole or not at all; a NaN or infinity becomes null, which JSON has."""
-    text = json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n"
-    _write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    text = json.dumps(finite(metrics), indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def plot_curves(path: Path, history: History) -> None:
@@ -147,7 +138,7 @@ def plot_curves(path: Path, history: History) -> None:
         rates.set_ylabel("learning rate, step size")
         if any(value > 0 for value in series(history, "learning_rate")[1]):
             rates.set_yscale("log")
-        _write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=200))
+        write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=200))
 
 
 def _draw(axes: Axes, history: History, labels: dict[str, str]) -> None:
@@ -160,24 +151,3 @@ def _draw(axes: Axes, history: History, labels: dict[str, str]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if axes.get_lines():
         axes.legend()
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file and rename: whoever reads it never sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp's files are the owner's alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

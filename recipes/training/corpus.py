@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from options import DataArguments, InputError
+
+from training.options import DataArguments, InputError
 
 HELD_OUT_EVERY = 40  # chapters: 29 of the 1,189 of the embedded corpus, spread over its books
 HELD_OUT_SHARE = 0.05  # of each local file when no validation files are given

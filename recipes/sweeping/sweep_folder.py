@@ -1,0 +1,72 @@
+"""The output folder of a sweep: what its runs leave there, and what is deleted."""
+
+import json
+import os
+import shutil
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+
+from sweeping.suite import Run
+from training.errors import InputError
+
+LOG_TAIL = 15  # lines kept of a run that failed
+ROOM = 1 << 20  # bytes that must fit on the disk
+WEIGHTS = ("checkpoint-*", "model*.safetensors*", "pytorch_model*")
+
+
+def run_folder(output_dir: Path, run: Run) -> Path:
+    """Return the folder of a run."""
+    return output_dir / "runs" / sha256(run.key.encode()).hexdigest()[:12]
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder, and see whether it takes files.
+
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(b"\0" * ROOM)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {folder} cannot be written to: {error.strerror}. Make room or give another "
+            "folder; what is done is not lost"
+        ) from error
+
+
+def log_of(folder: Path) -> Path:
+    """Return the log of the run of a folder."""
+    return folder.with_suffix(".log")
+
+
+def read_log(path: Path) -> str:
+    """Return a log, empty if there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def tail(path: Path) -> str:
+    """Return the last lines of a log."""
+    return "\n".join(read_log(path).splitlines()[-LOG_TAIL:])
+
+
+def can_resume(folder: Path) -> bool:
+    """Say whether a run can go on from its last checkpoint; deletes those not written to the end."""
+    found = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.partition("-")[2]))
+    for checkpoint in reversed(found):
+        state = checkpoint / "trainer_state.json"
+        if state.is_file():
+            values = json.loads(state.read_text(encoding="utf-8"))
+            return values["global_step"] < values["max_steps"]
+        shutil.rmtree(checkpoint)
+    return False
+
+
+def delete_weights(folder: Path) -> None:
+    """Delete weights and checkpoints: hundreds of them fill a disk."""
+    for path in (path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

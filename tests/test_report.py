@@ -1,0 +1,492 @@
+"""The report of a study: what it measures, what it says of it, and that it always says the same."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import report
+
+from reporting import comparisons, curves, figures, measures
+from reporting.summary import summarise
+from sweeping.study import Result, default_storage, open_study
+from sweeping.suite import Suite
+from training.errors import InputError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+INF = math.inf
+RATES = [1e-3, 1e-2, 1e-1, 1.0]
+PNG = b"\x89PNG"
+
+
+def make_suite(*blocks, seeds=(0,), settings=None):
+    return Suite(
+        name="tiny",
+        about="A comparison for the tests.",
+        recipe="pretrain",
+        options={"max_steps": 10},
+        grid=[{"method_options": {}, "options": {}, **block} for block in blocks],
+        per_method={},
+        seeds=list(seeds),
+        more_seeds={"seeds": [], "within_decades": 0.0},
+        report=settings or {},
+        hours=None,
+        launch={"processes": 1, "accelerate_config": None, "threads": 1},
+    )
+
+
+def history(loss, rate, seconds=20.0):
+    rows = [
+        {
+            "step": step,
+            "loss": loss + 1 / step,
+            "learning_rate": rate,
+            "step_size": min(rate, 0.02),
+        }
+        for step in (2, 4, 6, 8, 10)
+    ]
+    evaluations = [{"step": step, "eval_loss": loss + (10 - step) / 10} for step in (5, 10)]
+    return [*rows, *evaluations, {"step": 10, "train_runtime": seconds}]
+
+
+def ended(run, loss):
+    """A run that ended with this loss, or that diverged."""
+    metrics = {
+        "steps": 10,
+        "tokens": 640,
+        "versions": {"torch": "2.0"},
+        "hardware": {"cpu": "a processor", "gpu": None, "threads": 1, "processes": 2},
+        "corpus": {"name": "words", "train_sha256": "abc"},
+        "command": ["--output_dir", "/somewhere/else", "--seed", "0"],
+    }
+    if math.isinf(loss):
+        log = [*history(9.0, run.learning_rate)[:2], {"step": 5, "loss": math.nan}]
+        return Result(run, "diverged", None, 5, 10.0, {"reason": "NaN"}, log)
+    return Result(run, "done", loss, None, 36.0, metrics, history(loss, run.learning_rate))
+
+
+def all_ended(suite, loss):
+    return [ended(run, loss(run)) for run in suite.runs()]
+
+
+def bowl(run):
+    """A loss with its minimum at 1e-2, flatter above it with Momo; without, 1.0 diverges."""
+    offset = math.log10(run.learning_rate) + 2
+    momo = run.method.endswith("_momo")
+    if not momo and offset > 1.5:
+        return INF
+    return 4 + 0.01 * run.seed + (offset**2 if offset < 0 or not momo else 0.1 * offset**2)
+
+
+def written(suite, results, folder):
+    report.report(suite, results, folder)
+    return json.loads((folder / "results.json").read_text(encoding="utf-8")), (
+        folder / "report.md"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def pair():
+    """muon with and without Momo, three seeds, all ended."""
+    suite = make_suite({"method": ["muon", "muon_momo"], "learning_rate": RATES}, seeds=(0, 1, 2))
+    return suite, all_ended(suite, bowl)
+
+
+# ---------------------------------------------------------------- basin width
+
+
+@pytest.mark.parametrize(
+    ("losses", "width", "at_least"),
+    [
+        ([6.0, 4.0, 4.0, 6.0], 2.0, False),  # half a decade on each side of the middle one
+        ([4.0, 4.0, 4.0, 4.0], 3.0, True),
+        ([4.0, 6.0, 6.0, 6.0], 0.5, True),
+        ([6.0, 6.0, 6.0, 6.0], 0.0, False),
+        ([6.0, 4.0, INF, INF], 0.5, False),  # up to the last good grid point, and no further
+        ([INF, 4.0, INF, INF], 0.0, False),
+        ([6.0, 4.0, None, 6.0], 0.5, True),  # behind a hole it may go on
+        ([4.0, 6.0, 6.0, 4.0], 1.0, True),  # two intervals
+        ([6.0, 5.0, 6.0, 6.0], 0.0, False),  # touches the threshold in one point
+        ([5.0, 4.0, 8.0, 8.0], 1.25, True),  # a quarter of the way from 4 to 8
+    ],
+)
+def test_basin_width_by_hand(losses, width, at_least):
+    found = measures.basin(RATES, losses, threshold=5.0)
+    assert found.width == pytest.approx(width)
+    assert found.at_least is at_least
+
+
+def test_disjoint_basins_add_up_and_are_named():
+    found = measures.basin([1e-4, *RATES], [6.0, 4.0, 6.0, 4.0, 6.0], threshold=5.0)
+    assert found.width == pytest.approx(2.0)
+    assert [pytest.approx(ends, rel=1e-4) for ends in found.intervals] == [
+        (10**-3.5, 10**-2.5),
+        (10**-1.5, 10**-0.5),
+    ]
+    assert not found.at_least
+
+
+def test_a_basin_ends_exactly_at_a_grid_point_beside_a_diverged_run():
+    assert measures.basin(RATES, [6.0, 4.0, 4.0, INF], 5.0).intervals[0][1] == 0.1
+
+
+def test_the_basin_of_every_method_is_measured_from_the_best_of_all():
+    suite = make_suite({"method": ["muon", "scion"], "learning_rate": RATES})
+    summary, _ = summarise(suite, all_ended(suite, lambda run: bowl(run) + (run.method == "scion")))
+    muon, scion = summary["curves"]
+    assert muon["basins"]["10%"]["threshold"] == scion["basins"]["10%"]["threshold"] == pytest.approx(4.4)
+    assert scion["basins"]["10%"]["decades"] == 0  # its best, 5, is further away than that
+    assert muon["basins"]["10%"]["decades"] == pytest.approx(0.8)  # 0.4 of a decade each side
+
+
+def test_the_gain_by_momo_is_the_difference_of_the_basins(pair):
+    summary, _ = summarise(*pair)
+    widths = [row["basins"]["5%"]["decades"] for row in summary["curves"]]
+    (gain,) = summary["momo_gains"]
+    assert gain["label"] == "muon_momo"
+    assert gain["gains"]["5%"]["decades"] == pytest.approx(widths[1] - widths[0])
+    assert widths[1] > widths[0]
+
+
+# ---------------------------------------------------------------- regret and robustness
+
+
+def test_regret_is_zero_at_the_best_and_infinite_where_a_run_diverged():
+    assert measures.regret([5.0, 4.0, INF, None]) == [1.0, 0.0, INF, None]
+    assert measures.regret([None, INF]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([5.0, 4.0, 4.5, 9.0], (1.0, False)),
+        ([4.0, 4.5, 9.0, 9.0], (0.5, True)),  # nobody looked below the best
+        ([5.0, 4.0, None, 9.0], (1.0, True)),
+        ([5.0, 4.0, INF, 9.0], (INF, False)),
+        ([None, INF, INF, INF], (None, False)),
+    ],
+)
+def test_robustness_is_the_largest_regret_within_a_decade(losses, expected):
+    assert measures.robustness(RATES, losses) == expected
+
+
+def test_a_grid_with_nothing_near_a_decade_away_bounds_robustness_from_below():
+    assert measures.robustness([1e-3, 1e-2, 1.0], [5.0, 4.0, 4.2]) == (1.0, True)
+
+
+def test_three_times_ten_is_one_half_decade_step_more():
+    assert measures.nearest([1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 30 * 3e-3) == 4
+    assert measures.nearest([1e-3, 1e-2], 3e-3) is None
+
+
+# ---------------------------------------------------------------- means over seeds
+
+
+def test_best_loss_is_the_lowest_mean_over_seeds(pair):
+    summary, _ = summarise(*pair)
+    best = summary["curves"][0]["best"]
+    assert (best["learning_rate"], best["seeds"]) == (1e-2, 3)
+    assert best["loss"] == pytest.approx(4.01)
+    assert best["std"] == pytest.approx(0.01)  # of 4.00, 4.01, 4.02: the sample's
+
+
+def test_one_seed_has_no_deviation(tmp_path):
+    suite = make_suite({"method": ["muon"], "learning_rate": RATES})
+    _, text = written(suite, all_ended(suite, bowl), tmp_path)
+    assert "4.0000 ± -" in text
+
+
+def test_a_learning_rate_with_a_diverged_seed_is_never_the_best(pair):
+    suite, results = pair
+    worst = next(r for r in results if r.run.method == "muon" and r.run.learning_rate == 1e-2)
+    results[results.index(worst)] = ended(worst.run, INF)
+    summary, _ = summarise(suite, results)
+    muon = summary["curves"][0]
+    assert muon["best"]["learning_rate"] != 1e-2
+    assert muon["points"][1]["loss"] is None
+    assert muon["points"][1]["diverged"] == 1
+    assert muon["points"][1]["diverged_at"] == [5]
+
+
+def test_options_that_do_not_vary_are_not_in_the_label():
+    block = {
+        "method": ["muon"],
+        "learning_rate": [1e-2],
+        "method_options": {"eps": [1e-8], "beta2": [0.9, 0.95]},
+    }
+    suite = make_suite(block, {"method": ["adamw_torch"], "learning_rate": [1e-3]})
+    found = curves.build_curves(suite.runs(), [])
+    assert [curve.label for curve in found] == ["muon, beta2=0.9", "muon, beta2=0.95", "adamw_torch"]
+
+
+# ---------------------------------------------------------------- targets
+
+
+def test_steps_and_seconds_to_a_target(pair):
+    suite, results = pair
+    suite = make_suite(*suite.grid, seeds=(0, 1, 2), settings={"target_losses": [4.505, 4.0, 1.0]})
+    summary, _ = summarise(suite, results)
+    early, late, never = (target["curves"][0] for target in summary["targets"])
+    # Evaluations at step 5 are 0.5 above the final losses 4.00, 4.01 and 4.02.
+    assert (early["reached"], early["steps"], early["seconds"]) == (
+        3,
+        pytest.approx(25 / 3),
+        pytest.approx(50 / 3),
+    )
+    assert (late["reached"], late["steps"], late["seconds"]) == (1, 10, 20)
+    assert (never["reached"], never["steps"], never["seconds"]) == (0, None, None)
+
+
+def test_without_a_target_it_is_one_that_all_methods_reach(pair):
+    summary, _ = summarise(*pair)
+    (target,) = summary["targets"]
+    assert target["loss"] == pytest.approx(4.02, abs=0.0101)
+    assert all(way["reached"] == way["seeds"] == 3 for way in target["curves"])
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("losses", "tolerance", "expected"),
+    [
+        ([3.50, 3.51, 3.52], 0.0, "reproduced"),
+        ([3.60, 3.61, 3.62], 0.0, "not reproduced"),
+        ([3.60, 3.61, 3.62], 0.1, "reproduced"),
+        ([3.51, 3.51], 0.0, "not run"),
+        ([], 0.0, "not run"),
+    ],
+)
+def test_verdicts(losses, tolerance, expected):
+    assert measures.verdict(losses, mean=3.51, std=0.01, tolerance=tolerance)["verdict"] == expected
+
+
+def test_two_standard_deviations_are_allowed_and_no_more():
+    # The deviations 0.01 and 0.01 make 2 √2 · 0.01 = 0.0283.
+    assert measures.verdict([3.50, 3.51, 3.52], 3.51 + 0.0282, 0.01)["verdict"] == "reproduced"
+    assert measures.verdict([3.50, 3.51, 3.52], 3.51 + 0.0284, 0.01)["verdict"] == "not reproduced"
+
+
+def test_the_paper_stands_beside_ours(pair, tmp_path):
+    paper = {"muon": {"mean": 4.01, "std": 0.001}, "muon_momo": {"mean": 3.5, "std": 0.001}}
+    settings = {"paper": {**paper, "muonmax": {"mean": 3.0, "std": 0.0}}, "tolerance": 0.002}
+    suite = make_suite(*pair[0].grid, seeds=(0, 1, 2), settings=settings)
+    found, text = written(suite, pair[1], tmp_path)
+    assert [row["verdict"] for row in found["paper"]] == ["reproduced", "not reproduced", "not run"]
+    assert found["paper"][1]["difference"] == pytest.approx(0.51)
+    assert (
+        "| muon | 4.0100 ± 0.0100 | 3 | 0.01 | 4.0100 ± 0.0010 | +0.0000 | 0.0221 | **reproduced** |" in text
+    )
+
+
+def test_without_the_papers_figures_nothing_is_called_reproduced(pair, tmp_path):
+    _, text = written(*pair, tmp_path)
+    assert "reproduced" not in text
+
+
+def test_figures_of_the_paper_need_a_mean_and_a_std(pair, tmp_path):
+    suite = make_suite(*pair[0].grid, settings={"paper": {"muon": {"mean": 3.5}}})
+    with pytest.raises(InputError, match=r"muon is .* needs a mean and a std"):
+        report.report(suite, pair[1], tmp_path)
+
+
+# ---------------------------------------------------------------- particular suites
+
+
+@pytest.fixture
+def variants_suite():
+    choices = {
+        "descent": ["constrained", "regularized"],
+        "product_norm": ["linf", "l2", "hybrid"],
+        "vector_norm": ["linf", "ada_linf", "ada_l2"],
+        "momo": [False, True],
+    }
+    return make_suite({"method": ["noneuclid"], "learning_rate": RATES[1:], "method_options": choices})
+
+
+def test_all_36_variants_are_in_the_heat_map(variants_suite, tmp_path):
+    results = all_ended(variants_suite, lambda run: bowl(run) + 0.5 * run.method_options["momo"])
+    found, text = written(variants_suite, results, tmp_path)
+    assert len(found["variants"]) == 36
+    assert all(row["diverged_at_highest"] for row in found["variants"])
+    assert {(row["loss"], row["momo"]) for row in found["variants"]} == {(4.0, "false"), (4.5, "true")}
+    assert "The 36 variants" in text
+    assert (tmp_path / "variants.png").read_bytes().startswith(PNG)
+
+
+def test_a_heat_map_has_gaps_where_runs_are_missing(variants_suite, tmp_path):
+    results = all_ended(variants_suite, bowl)[:10]
+    found, _ = written(variants_suite, results, tmp_path)
+    assert sum(row["loss"] is None for row in found["variants"]) == 32
+    assert (tmp_path / "variants.png").is_file()
+
+
+def test_lower_bounds_stand_side_by_side_at_the_same_learning_rates(tmp_path):
+    rates = [1e-3, 1e-2, 1e-1, 3e-1]
+    blocks = [
+        {"method": ["muon_momo"], "learning_rate": rates, "method_options": {"loss_lower_bound": [2.0, 0.0]}},
+        {
+            "method": ["muon_momo"],
+            "learning_rate": rates,
+            "method_options": {"loss_lower_bound": ["auto"], "lower_bound_fraction": [0.5, 0.7]},
+        },
+    ]
+    suite = make_suite(*blocks)
+    cost = {0.0: 0.4, 2.0: 0.2, "auto": 0.0}
+    results = all_ended(suite, lambda run: bowl(run) + cost[run.method_options["loss_lower_bound"]])
+    found, text = written(suite, results, tmp_path)
+    rows = found["lower_bound"]
+    assert [row["bound"] for row in rows] == ["0.0", "2.0", "auto, fraction=0.5", "auto, fraction=0.7"]
+    assert [row["at"]["1"]["excess"] for row in rows] == pytest.approx([0.1, 0.05, 0.0, 0.0])
+    assert [row["at"]["30"]["learning_rate"] for row in rows] == [0.3] * 4
+    assert rows[0]["at"]["10"]["loss"] == pytest.approx(4.5)
+    assert "| muon_momo | 0.0 | 4.4000 (+10.00 %) at 0.01 | 4.4000 (+10.00 %) | 4.5000 (+12.50 %) |" in text
+    assert (tmp_path / "lower_bound.png").read_bytes().startswith(PNG)
+
+
+def test_batch_sizes(tmp_path):
+    block = {"method": ["muon"], "learning_rate": RATES, "options": {"per_device_train_batch_size": [8, 32]}}
+    suite = make_suite(block)
+
+    def loss(run):
+        return 4 + abs(
+            math.log10(run.learning_rate) + (2 if run.options["per_device_train_batch_size"] == 8 else 1)
+        )
+
+    found, _ = written(suite, all_ended(suite, loss), tmp_path)
+    assert [(row["batch_size"], row["learning_rate"]) for row in found["batch_size"]] == [
+        (8, 0.01),
+        (32, 0.1),
+    ]
+    assert (tmp_path / "batch_size.png").read_bytes().startswith(PNG)
+
+
+# ---------------------------------------------------------------- the report as a whole
+
+
+def test_the_report_made_twice_is_the_same_to_the_byte(pair, tmp_path):
+    for name in ("first", "second"):
+        report.report(*pair, tmp_path / name)
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == ["final_loss.png", "report.md", "results.json", "step_size.png", "training.png"]
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_an_unfinished_study_says_what_is_missing(pair, tmp_path):
+    suite, results = pair
+    waiting = Result(results[0].run, "waiting")
+    failed = Result(results[1].run, "failed", metrics={"reason": "disk | full\nafter step 3"})
+    found, text = written(suite, [waiting, failed, *results[2:20]], tmp_path)
+    assert found["ran"]["missing"] == 6
+    assert "Unfinished: 6 of the 24 runs" in text
+    assert "| muon | - | 0.01 | 0 | disk \\| full after step 3 |" in text
+    assert found["ran"]["states"] == {"done": 15, "diverged": 3, "failed": 1, "waiting": 1}
+
+
+def test_a_curve_has_a_hole_where_no_run_has_ended(pair):
+    suite, results = pair
+    kept = [result for result in results if result.run.learning_rate != 1e-2]
+    muon, _ = curves.build_curves(suite.runs(), kept)
+    assert muon.losses == [pytest.approx(5.01), None, pytest.approx(5.01), INF]
+    assert [[point.learning_rate for point in piece] for piece in figures.pieces(muon.points)] == [
+        [1e-3],
+        [1e-1],
+    ]
+
+
+def test_a_finished_study_is_not_called_unfinished(pair, tmp_path):
+    found, text = written(*pair, tmp_path)
+    assert found["ran"]["missing"] == 0
+    assert "Unfinished" not in text
+    assert found["ran"]["hours"] == pytest.approx((21 * 36 + 3 * 10) / 3600)
+    assert "a processor; threads 1, processes a run 2" in text
+    assert "/somewhere/else" not in text
+
+
+def test_the_report_names_the_flags_of_a_method(pair, tmp_path):
+    suite = replace(pair[0], per_method={"muon": {"adam_beta2": 0.95}})
+    _, text = written(suite, pair[1], tmp_path)
+    assert "- Options of muon: adam_beta2 0.95" in text
+
+
+def test_nothing_to_report_is_an_error(pair, tmp_path):
+    suite, results = pair
+    for found in ([], [Result(results[0].run, "running")]):
+        with pytest.raises(InputError, match="no run has ended yet"):
+            report.report(suite, found, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_suite_in_which_all_diverged_is_reported(tmp_path):
+    suite = make_suite({"method": ["muon"], "learning_rate": RATES})
+    found, text = written(suite, all_ended(suite, lambda run: INF), tmp_path)
+    assert found["best_loss"] is None
+    assert "diverged at step 5" in text
+
+
+def test_colours_belong_to_methods_not_to_places():
+    def curve(method):
+        return curves.Curve(method, {}, {}, ())
+
+    few = figures.looks([curve("muon_momo")])
+    many = figures.looks([curve("scion"), curve("muon"), curve("lion"), curve("muonmax")])
+    assert few["muon"] == many["muon"]
+    assert few["muonmax"] == many["muonmax"]
+    assert len({many[name] for name in ("muon", "muonmax", "scion", "lion")}) == 4
+    assert curve("muon_momo").family == curve("momo_muon").family == "muon"
+
+
+# ---------------------------------------------------------------- from a study on the disk
+
+
+def store(folder, suite, results):
+    """Write a study as the sweep does."""
+    study = open_study(default_storage(folder), suite.name, suite=suite)
+    study.set_user_attr("suite", suite.to_dict())
+    for result in results:
+        attributes = {
+            "run": result.run.key,
+            "metrics": dict(result.metrics),
+            "seconds": result.seconds,
+            "diverged_at": result.diverged_at,
+            "history 0": [row for row in result.history if "loss" not in row or row["loss"] == row["loss"]],
+        }
+        value = result.loss if result.state == "done" else INF
+        study.add_trial(optuna.trial.create_trial(value=value, user_attrs=attributes))
+
+
+def test_the_command_reads_the_study_of_a_folder(pair, tmp_path, capsys):
+    store(tmp_path, *pair)
+    report.main(["--study", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report" / "report.md")
+    stored = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))
+    expected, _ = summarise(*pair)
+    assert stored["curves"][0]["best"] == expected["curves"][0]["best"]
+    assert stored["ran"]["missing"] == 0
+
+
+def test_a_folder_without_a_study_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--study", str(tmp_path / "nothing")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("report.py: error: ")
+
+
+def test_an_output_folder_that_cannot_be_made_is_an_error(pair, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        report.report(*pair, tmp_path / "file" / "report")
+
+
+def test_a_method_option_in_the_paper_suite_picks_the_best_curve():
+    block = {"method": ["muon"], "learning_rate": [1e-2], "method_options": {"eps": [1e-8, 1e-6]}}
+    suite = make_suite(block, seeds=(0, 1, 2))
+    results = [ended(run, 4.0 if run.method_options["eps"] == 1e-6 else 5.0) for run in suite.runs()]
+    found = curves.build_curves(suite.runs(), results)
+    (row,) = comparisons.paper({"paper": {"muon": {"mean": 4.0, "std": 0.01}}}, found)
+    assert row["loss"] == 4.0
+    assert row["verdict"] == "reproduced"

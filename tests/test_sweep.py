@@ -1,0 +1,572 @@
+"""Sweeps: no run twice, no run lost, and what a user is told."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pretrain
+import psutil
+import pytest
+import sweep
+import yaml
+
+from sweeping import execution, trial_queue
+from sweeping.execution import Executor, Launch
+from sweeping.study import open_study, parameters, results, suite_of
+from sweeping.suite import load_suite
+from sweeping.sweep_folder import can_resume, check_folder, run_folder
+from sweeping.trial_queue import Outcome, TrialQueue
+from sweeping.worker import run_worker
+from training.errors import InputError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+TINY = {
+    "about": "As small as it gets.",
+    "recipe": "pretrain",
+    "options": {
+        "use_cpu": True,
+        "config_overrides": "n_layer=1,n_embd=16,n_head=2",
+        "vocab_size": 300,
+        "block_size": 32,
+        "sample_tokens": 0,
+        "logging_steps": 1,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "eval_steps": 0.999,
+        "max_validation_blocks": 4,
+        "save_strategy": "no",
+    },
+    "grid": [{"method": ["muon", "muon_momo"], "learning_rate": [1e-3, 1e-2, 1e-1]}],
+}
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("".join(f"{i} the king of the land\n" for i in range(300)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def suite(tmp_path):
+    return load_suite(write(tmp_path))
+
+
+@pytest.fixture
+def study(tmp_path, suite):
+    return stored(tmp_path / "study.log", suite)
+
+
+def write(folder, **changes):
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}), encoding="utf-8")
+    return path
+
+
+def stored(storage, suite):
+    study = open_study(storage, suite.name, suite=suite)
+    study.set_user_attr("suite", suite.to_dict())
+    return study
+
+
+def succeed(run, watch, slot):
+    return Outcome("done", loss=run.learning_rate + run.seed, seconds=1.0)
+
+
+def work(study, execute, **options):
+    queue = TrialQueue(study, suite_of(study))
+    run_worker(queue, execute, stop=options.pop("stop", threading.Event()), poll=0.01, **options)
+
+
+def states(study):
+    return [result.state for result in results(study)]
+
+
+def count(trials, *states):
+    return sum(trial.state in states for trial in trials)
+
+
+# ---------------------------------------------------------------- the queue
+
+
+@pytest.mark.parametrize("storage", ["study.log", "study.db"])
+def test_every_run_is_done_once(tmp_path, suite, storage):
+    study, done = stored(tmp_path / storage, suite), []
+    work(study, lambda run, watch, slot: done.append(run) or succeed(run, watch, slot))
+    assert done == suite.runs()
+    work(study, lambda *_: pytest.fail("a run was repeated"))
+    assert [result.run for result in results(study)] == suite.runs()
+    assert [result.loss for result in results(study)] == [run.learning_rate for run in suite.runs()]
+
+
+def test_further_seeds_are_run_after_the_first(tmp_path):
+    suite = load_suite(write(tmp_path, more_seeds={"seeds": [1], "within_decades": 1}))
+    study, done = stored(tmp_path / "study.log", suite), []
+    work(study, lambda run, watch, slot: done.append(run) or succeed(run, watch, slot))
+    assert done[:6] == suite.runs()
+    assert {(run.learning_rate, run.seed) for run in done[6:]} == {(1e-3, 1), (1e-2, 1)}
+    assert len(done) == 10
+
+
+def test_an_outcome_comes_back_as_it_was(study):
+    history = [{"step": i, "loss": 1.0 / (i + 1)} for i in range(250)] + [{"step": 250, "loss": None}]
+    outcome = Outcome("done", loss=2.5, seconds=7.0, metrics={"steps": 250}, history=history)
+    work(study, lambda *_: outcome)
+    result = results(study)[0]
+    assert (result.loss, result.seconds, result.metrics) == (2.5, 7.0, {"steps": 250})
+    assert result.history[:250] == history[:250]
+    assert math.isnan(result.history[250]["loss"])
+
+
+def test_a_diverged_run_is_a_result(study):
+    work(study, lambda *_: Outcome("diverged", diverged_at=12))
+    assert states(study) == ["diverged"] * 6
+    assert {(result.loss, result.diverged_at) for result in results(study)} == {(None, 12)}
+    work(study, lambda *_: pytest.fail("a diverged run was repeated"))
+
+
+def test_a_failed_run_is_tried_twice_and_again_if_the_user_says_so(study, suite):
+    bad, tried = suite.runs()[2], []
+
+    def fail_once_more(run, watch, slot):
+        tried.append(run)
+        return Outcome("failed", metrics={"reason": "boom"}) if run == bad else succeed(run, watch, slot)
+
+    work(study, fail_once_more)
+    assert tried.count(bad) == 2
+    assert len(tried) == 7
+    failed = results(study)[2]
+    assert (failed.state, failed.loss, failed.metrics["reason"]) == ("failed", None, "boom")
+    work(study, lambda *_: pytest.fail("a run that was given up was tried"))
+    TrialQueue(study, suite).retry_failed()
+    work(study, succeed)
+    assert states(study) == ["done"] * 6
+
+
+def test_refused_input_is_not_tried_again_but_for_the_first_run_it_ends_the_sweep(study, suite):
+    refused = Outcome("refused", metrics={"reason": "error: no such file"})
+    with pytest.raises(InputError, match="no such file"):
+        work(study, lambda *_: refused)
+    assert set(states(study)) == {"waiting"}, "the user will mend it"
+    bad, tried = suite.runs()[3], []
+    work(study, lambda run, *_: tried.append(run) or (refused if run == bad else succeed(run, *_)))
+    assert tried.count(bad) == 1
+    assert states(study).count("failed") == 1
+
+
+def test_of_two_trials_of_a_run_the_lower_number_wins(study, suite):
+    first, second = TrialQueue(study, suite), TrialQueue(study, suite)
+    first.refill()
+    for run in suite.runs():
+        study.enqueue_trial(parameters(run), user_attrs={"run": run.key})
+    claimed = [queue.claim() for _ in range(4) for queue in (first, second)]
+    runs = [claim.run for claim in claimed if claim is not None]
+    assert runs == suite.runs()
+    assert count(study.get_trials(), optuna.trial.TrialState.PRUNED) == 6
+
+
+def test_an_interrupted_run_goes_back_to_the_queue(study):
+    stop = threading.Event()
+
+    def interrupted(run, watch, slot):
+        assert watch(None)
+        stop.set()
+        assert not watch(None)
+        return Outcome("interrupted")
+
+    work(study, interrupted, stop=stop)
+    assert set(states(study)) == {"waiting"}
+    work(study, succeed)
+    assert states(study) == ["done"] * 6
+
+
+def test_an_exception_gives_the_run_back(study):
+    def breaks(run, watch, slot):
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        work(study, breaks)
+    work(study, succeed)
+    assert states(study) == ["done"] * 6
+
+
+def test_a_worker_of_another_host_that_is_silent_is_dead(study, suite, monkeypatch):
+    monkeypatch.setattr(trial_queue.socket, "gethostname", lambda: "elsewhere")
+    lost = TrialQueue(study, suite).claim()
+    monkeypatch.undo()
+    here = TrialQueue(study, suite, stale=0.2)
+    here.take_up()
+    assert results(study)[0].state == "running", "silence is measured, not read off another host's clock"
+    time.sleep(0.1)
+    lost.trial.set_user_attr("heartbeat", 0.0)
+    time.sleep(0.15)
+    here.take_up()
+    assert results(study)[0].state == "running"
+    time.sleep(0.25)
+    here.take_up()
+    assert results(study)[0].state == "waiting"
+
+
+def test_what_was_taken_away_is_neither_renewed_nor_stored(study, suite):
+    queue = TrialQueue(study, suite)
+    claim = queue.claim()
+    study.tell(claim.trial.number, state=optuna.trial.TrialState.FAIL)
+    assert not queue.renew(claim)
+    queue.finish(claim, Outcome("done", loss=1.0))
+    assert results(study)[0].state == "waiting"
+
+
+def _claim_and_die(storage, name):
+    study = open_study(storage, name)
+    TrialQueue(study, suite_of(study)).claim()
+    os._exit(9)
+
+
+def test_a_dead_process_of_this_host_is_noticed_at_once(tmp_path, study, suite):
+    process = multiprocessing.get_context("spawn").Process(
+        target=_claim_and_die, args=(str(tmp_path / "study.log"), suite.name)
+    )
+    process.start()
+    process.join()
+    assert results(study)[0].state == "running"
+    work(study, succeed)
+    assert states(study) == ["done"] * 6
+
+
+def _work_in_turn(storage, name, log, barrier):
+    study = open_study(storage, name)
+
+    def note(run, watch, slot):
+        with open(log, "a", encoding="utf-8") as stream:
+            stream.write(run.key + "\n")
+        time.sleep(0.01)
+        return succeed(run, watch, slot)
+
+    barrier.wait()
+    work(study, note)
+
+
+@pytest.mark.parametrize("storage", ["study.log", "study.db"])
+def test_two_processes_that_start_at_the_same_moment_share_the_runs(tmp_path, storage):
+    grid = [{"method": ["muon", "scion"], "learning_rate": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}]
+    suite = load_suite(write(tmp_path, grid=grid, more_seeds={"seeds": [1], "within_decades": 1}))
+    stored(tmp_path / storage, suite)
+    context, log = multiprocessing.get_context("spawn"), tmp_path / "done.txt"
+    barrier = context.Barrier(2)
+    arguments = (str(tmp_path / storage), suite.name, str(log), barrier)
+    processes = [context.Process(target=_work_in_turn, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    done = log.read_text().splitlines()
+    assert len(done) == len(set(done)) == 14
+    assert set(states(open_study(tmp_path / storage))) == {"done"}
+
+
+# ---------------------------------------------------------------- studies
+
+
+def test_a_line_cut_off_by_a_full_disk_does_not_spoil_the_study(tmp_path, study, suite):
+    work(study, succeed)
+    with (tmp_path / "study.log").open("a") as stream:
+        stream.write('{"op_code": 8, "trial_i')
+    again = open_study(tmp_path / "study.log", suite.name, suite=suite)
+    again.set_user_attr("note", "written after it")
+    assert states(open_study(tmp_path / "study.log")) == ["done"] * 6
+
+
+def test_a_study_that_is_not_there_is_an_error(tmp_path, study):
+    with pytest.raises(InputError, match=r"run sweep\.py first"):
+        open_study(tmp_path / "other.log")
+    assert not (tmp_path / "other.log").exists()
+    with pytest.raises(InputError, match="no study maxi; name one of: tiny"):
+        open_study(tmp_path / "study.log", "maxi")
+
+
+def test_a_storage_that_cannot_be_reached_is_an_error_without_the_password(tmp_path, suite):
+    with pytest.raises(InputError) as caught:
+        open_study(f"sqlite:///{tmp_path}/none/study.db", "x", suite=suite)
+    assert "OperationalError" in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        open_study("nodatabase://me:secret@host/db", "x", suite=suite)
+    assert "secret" not in str(caught.value)
+
+
+def test_another_suite_is_refused_with_the_difference(tmp_path, study, suite):
+    other = replace(suite, options={**suite.options, "max_steps": 9}, about="Changed.")
+    with pytest.raises(InputError) as caught:
+        sweep.check_same(suite, other, "study.log")
+    message = str(caught.value)
+    assert "-  max_steps: 2\n+  max_steps: 9" in message
+    assert "--output_dir" in message
+    assert "Changed" not in message
+    sweep.check_same(suite, replace(suite, about="Changed.", report={"x": 1}), "study.log")
+
+
+# ---------------------------------------------------------------- the processes of a run
+
+
+def fake_recipe(monkeypatch, code):
+    """Let the executor start a few lines of Python; they find the folder as `folder`."""
+    head = "import json, pathlib, sys, time; folder = pathlib.Path(sys.argv[-2].partition('=')[2])\n"
+    monkeypatch.setattr(execution, "launcher", lambda *_: [sys.executable, "-S", "-c", head + code])
+
+
+WRITE = """
+metrics = {"eval_loss": 1.5, "diverged": False}
+(folder / "history.json").write_text("[]")
+(folder / "metrics.json").write_text(json.dumps(metrics))
+(folder / "model.safetensors").write_text("weights")
+"""
+
+
+def execute(tmp_path, suite, watch=lambda process: True, **options):
+    executor = Executor(suite, tmp_path / "out", Launch(), "this study", **options)
+    return executor(suite.runs()[0], watch), run_folder(tmp_path / "out", suite.runs()[0])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_weights_of_a_run_are_deleted_unless_wanted(tmp_path, suite, monkeypatch, keep):
+    fake_recipe(monkeypatch, WRITE)
+    outcome, folder = execute(tmp_path, suite, keep_models=keep)
+    assert (outcome.state, outcome.loss) == ("done", 1.5)
+    assert (folder / "model.safetensors").exists() == keep
+    assert (folder / "metrics.json").exists()
+
+
+def test_what_a_dead_worker_could_not_tell_is_read_from_the_folder(tmp_path, suite, monkeypatch):
+    fake_recipe(monkeypatch, WRITE)
+    execute(tmp_path, suite)
+    fake_recipe(monkeypatch, "sys.exit('a run was repeated')")
+    assert execute(tmp_path, suite)[0].loss == 1.5
+    other = replace(suite, options={**suite.options, "max_steps": 9})
+    assert execute(tmp_path, other)[0].state == "failed", "of another suite: not taken for this one's"
+
+
+@pytest.mark.parametrize(("code", "state"), [(2, "refused"), (1, "failed"), (-9, "failed")])
+def test_a_run_that_fails_shows_the_end_of_its_log(tmp_path, suite, monkeypatch, code, state):
+    how = f"sys.exit({code})" if code > 0 else "import os; os.kill(os.getpid(), 9)"
+    fake_recipe(monkeypatch, f"[print('line', i, flush=True) for i in range(40)]\n{how}")
+    outcome, _ = execute(tmp_path, suite)
+    assert outcome.state == state
+    assert f"exit code {code}" in outcome.metrics["reason"]
+    assert outcome.metrics["reason"].endswith("line 39")
+    assert "line 24\n" not in outcome.metrics["reason"]
+
+
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [
+        (WRITE.replace("False", "True") + "sys.exit(1)", "diverged"),
+        ("print('pretrain.py: error: no such file'); sys.exit(1)", "refused"),
+        (WRITE + "sys.exit(1)", "failed"),
+    ],
+)
+def test_accelerate_makes_every_exit_code_a_1_and_yet_it_is_known_what_happened(
+    tmp_path, suite, monkeypatch, code, state
+):
+    fake_recipe(monkeypatch, code)
+    outcome, folder = execute(tmp_path, suite)
+    assert outcome.state == state
+    assert (folder / "metrics.json").exists() == (state == "diverged"), "a retry would take it for its own"
+
+
+def test_a_full_disk_ends_the_sweep_and_fails_no_run(tmp_path, study, suite, monkeypatch):
+    fake_recipe(monkeypatch, "sys.exit(1)")
+
+    def full(folder):
+        raise InputError(f"--output_dir {folder} cannot be written to: no space left on device")
+
+    monkeypatch.setattr(execution, "check_folder", full)
+    with pytest.raises(InputError, match="no space left"):
+        work(study, Executor(suite, tmp_path / "out", Launch(), "this study"))
+    assert set(states(study)) == {"waiting"}
+
+
+def test_the_first_bad_step_of_a_history():
+    rows = [{"step": 5, "loss": 3.0}, {"step": 5, "eval_loss": 2.9}, {"step": 10, "loss": math.nan}]
+    assert pretrain.first_bad_step(rows[:2]) is None
+    assert pretrain.first_bad_step([*rows, {"step": 15, "loss": math.inf}]) == 10
+    assert pretrain.first_bad_step([rows[0], {"step": 5, "eval_loss": math.inf}]) == 5
+
+
+def test_only_a_sound_and_unfinished_checkpoint_is_gone_on_from(tmp_path):
+    def checkpoint(step, state=True):
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        if state:
+            (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 100}))
+
+    assert not can_resume(tmp_path)
+    checkpoint(9)
+    checkpoint(50, state=False)
+    assert can_resume(tmp_path)
+    assert not (tmp_path / "checkpoint-50").exists()
+    checkpoint(100)
+    assert not can_resume(tmp_path)
+
+
+def test_an_interrupted_run_leaves_no_process(tmp_path, suite, monkeypatch):
+    child = "import subprocess; subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])"
+    fake_recipe(monkeypatch, f"{child}\n(folder / 'up').touch()\ntime.sleep(60)")
+    found = []
+
+    def watch(process):
+        if process:
+            found.append(psutil.Process(process["group"]))
+        up = run_folder(tmp_path / "out", suite.runs()[0]) / "up"
+        if up.exists():
+            found.extend(found[0].children())
+        return not up.exists()
+
+    outcome, _ = execute(tmp_path, suite, watch)
+    assert outcome.state == "interrupted"
+    assert len(found) == 2
+    _, alive = psutil.wait_procs(found, timeout=5)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_folder_that_takes_no_files_is_an_error():
+    with pytest.raises(InputError, match="/dev/full/x cannot be written to"):
+        check_folder(Path("/dev/full/x"))
+
+
+def test_only_the_orphans_of_the_run_are_ended(tmp_path):
+    def sleeper(word, cwd=tmp_path):
+        return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)", word], cwd=cwd)
+
+    orphan, other, elsewhere = sleeper("--output_dir=runs/abc"), sleeper("runs/xyz"), sleeper("runs/abc", "/")
+    try:
+        host = {"host": trial_queue.socket.gethostname()}
+        trial_queue.end_orphans({"host": "elsewhere"}, {"folder": "runs/abc", "cwd": str(tmp_path)})
+        assert orphan.poll() is None
+        trial_queue.end_orphans(host, {"folder": "runs/abc", "cwd": str(tmp_path)})
+        assert orphan.wait(5) == -signal.SIGKILL
+        assert other.poll() is None
+        assert elsewhere.poll() is None
+    finally:
+        for process in (orphan, other, elsewhere):
+            process.kill()
+            process.wait()
+
+
+# ---------------------------------------------------------------- sweep.py
+
+
+def call(folder, text_file, *flags):
+    command = [sys.executable, str(RECIPES / "sweep.py"), f"--suite={folder / 'tiny.yaml'}"]
+    command += [f"--output_dir={folder / 'out'}", f"--option=train_files={text_file}", *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def trained(folder):
+    """Each start of a training run writes its log anew; a finished one ends with its loss."""
+    return [path for path in (folder / "out" / "runs").glob("*.log") if "Validation loss" in path.read_text()]
+
+
+def test_a_sweep_killed_in_the_middle_goes_on_where_it_was(tmp_path, text_file):
+    write(tmp_path, grid=[{"method": "muon", "learning_rate": [1e-3, 1e-1]}])
+    killed = call(tmp_path, text_file, "--workers=1")
+    runs = tmp_path / "out" / "runs"
+    wait_for(lambda: len(list(runs.glob("*.log"))) == 2, killed)
+    killed.kill()
+    killed.communicate()
+    first = {path: path.stat().st_mtime_ns for path in trained(tmp_path)}
+    assert len(first) == 1
+
+    again = call(tmp_path, text_file, "--workers=1")
+    _, shown = again.communicate(timeout=120)
+    assert again.returncode == 0, shown
+    assert "2 done, 0 diverged, 0 failed" in shown
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in first.items()), "done runs stay"
+    found = results(open_study(tmp_path / "out" / "study.log"))
+    assert [result.state for result in found] == ["done"] * 2
+    for result in found:
+        assert result.loss == result.metrics["eval_loss"]
+        assert [row["step"] for row in result.history if "loss" in row] == [1, 2]
+        assert result.metrics["steps"] == 2
+        assert result.seconds > 1
+    assert not list(runs.glob("*/*.safetensors"))
+
+
+def test_ctrl_c_ends_the_runs_and_gives_them_back(tmp_path, text_file):
+    options = {**TINY["options"], "max_steps": 100_000}
+    write(tmp_path, grid=[{"method": "muon", "learning_rate": [1e-3]}], options=options)
+    process = call(tmp_path, text_file)
+    logs = tmp_path / "out" / "runs"
+    wait_for(lambda: any("'loss'" in path.read_text() for path in logs.glob("*.log")), process)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Start again with the same command" in shown
+    folder = str(logs)
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if any(folder in w for w in p.info["cmdline"] or [])
+    ]
+    assert [result.state for result in results(open_study(tmp_path / "out" / "study.log"))] == ["waiting"]
+
+
+def test_bad_input_ends_in_words_before_a_run_starts(tmp_path, capsys):
+    write(tmp_path)
+    for flags, message in (
+        (["--suite=maxi"], "unknown suite 'maxi'"),
+        (["--option=max_step=1"], "similar ones are max_steps"),
+        (["--option=train_files=/nowhere.txt"], "there is no file /nowhere.txt"),
+        (["--option=max_steps"], "expected key=value"),
+        (["--workers=0"], "expected an integer of at least 1, not '0'"),
+        (["--accelerate_config=none.yaml"], "accelerate configuration none.yaml"),
+        (["--output_dir=/proc/nowhere"], "cannot be written to"),
+        (["--storage=nodatabase://host/db"], "--storage nodatabase://host/db cannot be used"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            sweep.main([f"--suite={tmp_path / 'tiny.yaml'}", f"--output_dir={tmp_path / 'out'}", *flags])
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert "sweep.py: error: " in error
+        assert message in error
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_dry_run_shows_every_command_and_its_cost_and_writes_nothing(tmp_path, capsys):
+    write(tmp_path, more_seeds={"seeds": [1]})
+    folder = tmp_path / "out"
+    sweep.main(
+        [f"--suite={tmp_path / 'tiny.yaml'}", f"--output_dir={folder}", "--dry_run", "--device_flops=1e9"]
+    )
+    text = capsys.readouterr().out
+    assert text.count("pretrain.py --optim=") == 12
+    # Embeddings, one layer, and the last norm.
+    parameters = 300 * 16 + 32 * 16 + 12 * 16**2 + 13 * 16 + 2 * 16
+    hours = 6 * parameters * 256 / 1e9 / 3600
+    assert f"2 steps of 128 tokens, 256 tokens, {parameters:,} parameters" in text
+    assert f"expected {6 * hours:.3g} GPU hours" in text
+    assert "Assumed: 1e+09 FLOP/s" in text
+    assert not folder.exists()
+
+
+def test_the_dry_run_of_the_paper(capsys):
+    sweep.main(["--suite=paper_fineweb_124m", "--dry_run", "--processes=4"])
+    text = capsys.readouterr().out
+    assert "1,907 steps of 524,288 tokens, 999,817,216 tokens, 124,439,808 parameters" in text
+    assert "--num_processes=4" in text
+    assert "--gradient_accumulation_steps=32" in text
