@@ -336,7 +336,7 @@ class NonEuclideanDescent(Optimizer):
             [group[option] for option in options.PARAMETER_OPTIONS]
             + [(id(param), param.requires_grad) for param in group["params"]]
             for group in self.param_groups
-        ]
+        ] + [self._option(name) for name in options.LOWER_BOUND_OPTIONS]
         if self._plan is None or key != self._plan_key:
             self._plan, self._plan_key = self._new_plan(), key
         return self._plan
