@@ -43,7 +43,7 @@ class History:
         pieces: Sequence[Piece],
         *,
         momo: bool,
-        bound_memory: float | None,
+        bound_memory: Sequence[float],
         stale: bool,
         dtype: torch.dtype,
         device: torch.device,
@@ -68,11 +68,11 @@ class History:
             if stale and piece in self._nuclear and "nuclear_norm" not in its:
                 length = _length(piece, self._nuclear)
                 its["nuclear_norm"] = torch.full((length,), UNSET, dtype=dtype, device=device)
-        starts = {"running_loss": 0.0, "lower_bound_memory": bound_memory} if momo else {}
+        starts: dict[str, Any] = {"running_loss": 0.0} if momo else {}
+        if momo and bound_memory:
+            starts["lower_bound_memory"] = bound_memory
         for key, start in starts.items():
-            if start is not None:
-                fresh = torch.full((), start, dtype=dtype, device=device)
-                self._share(key, pieces, shared.get(key, fresh))
+            self._share(key, pieces, shared.get(key, torch.tensor(start, dtype=dtype, device=device)))
         self._cohorts = self._by_step() if known and not momo else [self._pieces]
 
     def _allocate_second_moment(self, piece: Piece) -> Tensor:
@@ -95,14 +95,15 @@ class History:
 
     @property
     def bound_memory(self) -> Tensor:
-        """What the rule for the lower bound remembers, 0-d; f̄ if it remembers nothing."""
-        memory: Tensor = self._state[self._pieces[0].tensor].get("lower_bound_memory", self.running_loss)
+        """What the rule for the lower bound remembers, 1-D; it may be empty."""
+        memory: Tensor = self._state[self._pieces[0].tensor].get(
+            "lower_bound_memory", self.running_loss[None][:0]
+        )
         return memory
 
     def keep_bound_memory(self, memory: Tensor, ok: Tensor) -> None:
-        """Keeps it for the next step, if it is kept at all."""
-        if "lower_bound_memory" in self._state[self._pieces[0].tensor]:
-            self._share("lower_bound_memory", self._pieces, torch.where(ok, memory, self.bound_memory))
+        kept = self.bound_memory
+        kept.copy_(torch.where(ok, memory, kept))
 
     def dtype(self, piece: Piece) -> torch.dtype:
         """Of the momentum."""

@@ -4,7 +4,7 @@ The model is the average of the linearisations of the losses that were seen, wei
 weights their gradients, and cut off at a lower bound F* of the loss. At the parameters p it is worth
 h = f̄ - F* + Σ⟨p, m⟩ above the bound, where f̄ is the running average of f - Σ⟨p, g⟩. A step along the
 steepest direction lowers it by τ D (constrained) or τ D² (regularized), so a larger step than h / D or
-h / D² would go for a loss that cannot be.
+h / D² would go for a loss that cannot be. Where nobody knows F*, a rule finds one while training.
 
 References:
     F. Schaipp, R. Ohana, M. Eickenberg, A. Defazio, R. M. Gower, "MoMo: Momentum Models for Adaptive
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from torch import Tensor
 Descent = Literal["constrained", "regularized"]
 DESCENTS: tuple[str, ...] = get_args(Descent)
 
-BOUND_RULES = ("auto", "star")
+BoundRule = Literal["auto", "relative", "star"]
+BOUND_RULES: tuple[str, ...] = get_args(BoundRule)
 
 
 def model_value(running_loss: Tensor, momentum_inner: Tensor) -> Tensor:
@@ -58,23 +59,32 @@ def model_decrease(step_size: Tensor, dual: Tensor, descent: Descent) -> Tensor:
     return decrease * dual if descent == "regularized" else decrease
 
 
-class LowerBound(ABC):
-    """F*, a number or a rule that finds one while training. What a rule knows is a number, its memory."""
+class Seen(NamedTuple):
+    """What a rule for the lower bound is told at a step, all 0-d."""
 
-    initial: float | None = None
-    """The memory before the first step, if there is any."""
+    loss: Tensor
+    """f."""
+    model: Tensor
+    """H."""
+    learning_rate: Tensor
+    """η."""
+
+
+class LowerBound(ABC):
+    """F*, a number or a rule that finds one while training; what it knows is in its memory, a vector."""
+
+    initial: ClassVar[tuple[float, ...]] = ()
+    """The memory before the first step."""
 
     @abstractmethod
-    def bound(self, memory: Tensor, loss: Tensor, model: Tensor) -> Tensor:
-        """F* for this step.
+    def bound(self, memory: Tensor, seen: Seen) -> Tensor:
+        """F* for this step, 0-d."""
 
-        Args:
-            memory: From the step before, 0-d.
-            loss: f, 0-d.
-            model: H, 0-d.
-        """
+    def part(self, memory: Tensor, seen: Seen) -> Tensor:
+        """The part of the way from the model down to F* that a step may go, 0-d."""
+        return torch.ones_like(seen.model)
 
-    def remember(self, memory: Tensor, loss: Tensor, model: Tensor, decrease: Tensor) -> Tensor:
+    def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
         """The memory after this step, which lowers the model by ``decrease``."""
         return memory
 
@@ -85,12 +95,12 @@ class Fixed(LowerBound):
 
     value: float
 
-    def bound(self, memory: Tensor, loss: Tensor, model: Tensor) -> Tensor:
-        return torch.full_like(model, self.value)
+    def bound(self, memory: Tensor, seen: Seen) -> Tensor:
+        return torch.full_like(seen.model, self.value)
 
 
 class Star(LowerBound):
-    """The largest bound with which the last step would still have been right, by the theory of MoMo.
+    """``star``: the largest bound with which the last step would still have been right, by MoMo's theory.
 
     It assumes a convex loss that is never negative. Its memory is the bound.
 
@@ -99,20 +109,20 @@ class Star(LowerBound):
         online lower bound, and the reset of that where the model has come below it.
     """
 
-    initial = 0.0
+    initial = (0.0,)
 
-    def bound(self, memory: Tensor, loss: Tensor, model: Tensor) -> Tensor:
-        return torch.where(model < memory, model / 2, memory).clamp(min=0)
+    def bound(self, memory: Tensor, seen: Seen) -> Tensor:
+        return torch.where(seen.model < memory[0], seen.model / 2, memory[0]).clamp(min=0)
 
-    def remember(self, memory: Tensor, loss: Tensor, model: Tensor, decrease: Tensor) -> Tensor:
-        return (model - decrease / 2).clamp(min=0)
+    def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
+        return (seen.model - decrease / 2).clamp(min=0).reshape(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Relative(LowerBound):
-    """A fraction of a running mean of the loss: no step may lower the model by more than the rest of it.
+    """``relative``: a fraction of a running mean of the loss. A step may lower the model by the rest of it.
 
-    It assumes a loss above 0, of any scale, and that scale may change. Its memory is the mean.
+    It assumes a loss above 0, of any scale, which may change. Its memory is the mean.
 
     Args:
         fraction: Of the mean, from 0 (where it is the bound 0) to below 1.
@@ -122,26 +132,52 @@ class Relative(LowerBound):
     fraction: float
     horizon: float
 
-    initial = math.nan
+    initial: ClassVar[tuple[float, ...]] = (math.nan,)
 
-    def bound(self, memory: Tensor, loss: Tensor, model: Tensor) -> Tensor:
-        return self.fraction * self._mean(memory, loss)
+    def bound(self, memory: Tensor, seen: Seen) -> Tensor:
+        return self.fraction * self._mean(memory[0], seen.loss)
 
-    def remember(self, memory: Tensor, loss: Tensor, model: Tensor, decrease: Tensor) -> Tensor:
-        return self._mean(memory, loss)
+    def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
+        return self._mean(memory[0], seen.loss).reshape(1)
 
-    def _mean(self, memory: Tensor, loss: Tensor) -> Tensor:
-        return torch.where(memory.isnan(), loss, memory + (loss - memory) / self.horizon)
+    def _mean(self, mean: Tensor, loss: Tensor) -> Tensor:
+        return torch.where(mean.isnan(), loss, mean + (loss - mean) / self.horizon)
+
+
+class Scheduled(Relative):
+    """``auto``: the same, and where the schedule has come down from its peak, steps go as much less far.
+
+    A truncated step is no longer the learning rate's, so the schedule would else not be seen in it, and
+    what a decaying schedule is for, steps that average the noise of the gradients out, would be lost. Its
+    memory is the mean and the highest learning rate so far.
+    """
+
+    initial = (math.nan, 0.0)
+
+    def part(self, memory: Tensor, seen: Seen) -> Tensor:
+        peak = self._peak(memory, seen)
+        return torch.where(peak > 0, seen.learning_rate / peak, 1)
+
+    def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
+        return torch.stack([self._mean(memory[0], seen.loss), self._peak(memory, seen)])
+
+    def _peak(self, memory: Tensor, seen: Seen) -> Tensor:
+        return torch.maximum(memory[1], seen.learning_rate)
 
 
 def lower_bound(value: float | str, fraction: float, horizon: float) -> LowerBound:
-    """The rule of that name, ``star`` or ``auto``, or a number as one.
+    """The lower bound that the option ``loss_lower_bound`` means.
 
     Args:
-        value: Of the option ``loss_lower_bound``.
-        fraction: Of ``Relative``, which ``auto`` is.
+        value: A number, or one of ``BOUND_RULES``.
+        fraction: Of ``relative`` and ``auto``.
         horizon: The same.
     """
     if isinstance(value, str):
-        return Star() if value == "star" else Relative(fraction, horizon)
+        rules = {
+            "auto": Scheduled(fraction, horizon),
+            "relative": Relative(fraction, horizon),
+            "star": Star(),
+        }
+        return rules[value]
     return Fixed(value)

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .history import History
 from .layouts import bind
 from .layouts.pieces import make_pieces
 from .layouts.plan import Batch, Plan, make_plan
-from .momo import Descent, lower_bound, model_decrease, model_value, truncated_step_size
+from .momo import BoundRule, Descent, Seen, lower_bound, model_decrease, model_value, truncated_step_size
 from .polar import PolarMethod
 from .product_norms import ProductNormName, product_norm
 
@@ -80,10 +80,10 @@ class NonEuclideanDescent(Optimizer):
         descent: ``constrained`` (p ← p - τ c u) or ``regularized`` (p ← p - τ D c u).
         product_norm: ``linf``, ``l2`` or ``hybrid``.
         momo: Truncate the step size by a model of the loss; needs the loss at every step.
-        loss_lower_bound: F*, a lower bound of the loss, in its units; or a rule that finds one: ``auto``, a
-            fraction of a running mean of the loss, or ``star``, MoMo's own estimate. Momo only.
-        lower_bound_fraction: Of that mean.
-        lower_bound_horizon: Steps over which it forgets.
+        loss_lower_bound: F*, a lower bound of the loss, in its units; or a rule that finds one: ``auto``,
+            ``relative`` or ``star`` (see ``momo``). Momo only.
+        lower_bound_fraction: Of ``auto`` and ``relative``: F* in parts of a running mean of the loss.
+        lower_bound_horizon: Steps over which that mean forgets.
         momentum: β, of the momentum and of the running loss.
         beta2: β₂, of the second moment.
         eps: ε in a = ε + √v.
@@ -126,7 +126,7 @@ class NonEuclideanDescent(Optimizer):
         descent: Descent,
         product_norm: ProductNormName,
         momo: bool = False,
-        loss_lower_bound: float | Literal["auto", "star"] = 0.0,
+        loss_lower_bound: float | BoundRule = 0.0,
         lower_bound_fraction: float = 0.7,
         lower_bound_horizon: float = 10.0,
         momentum: float = 0.95,
@@ -286,11 +286,12 @@ class NonEuclideanDescent(Optimizer):
         tau = torch.where(product.dual == 0, 0, eta)
         bound = memory = None
         if measured.inner is not None and checked.loss is not None:
-            model = model_value(self._history.running_loss, measured.inner)
-            known = (self._history.bound_memory, checked.loss, model)
-            bound = self._lower_bound.bound(*known)
-            tau = truncated_step_size(eta, model - bound, product.dual, descent)
-            memory = self._lower_bound.remember(*known, model_decrease(tau, product.dual, descent))
+            rule, memory = self._lower_bound, self._history.bound_memory
+            seen = Seen(checked.loss, model_value(self._history.running_loss, measured.inner), eta)
+            bound = rule.bound(memory, seen)
+            height = rule.part(memory, seen) * (seen.model - bound)
+            tau = truncated_step_size(eta, height, product.dual, descent)
+            memory = rule.remember(memory, seen, model_decrease(tau, product.dual, descent))
         ok = checked.ok & product.dual.isfinite() & tau.isfinite()
         shares = torch.cat([product.matrix_shares, product.vector_shares])
         length = tau * product.dual if descent == "regularized" else tau

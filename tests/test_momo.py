@@ -8,6 +8,8 @@ from hf_noneuclid.momo import (
     DESCENTS,
     Fixed,
     Relative,
+    Scheduled,
+    Seen,
     Star,
     lower_bound,
     model_decrease,
@@ -24,14 +26,18 @@ def tensors(*values):
     return [torch.tensor(value, dtype=torch.float64) for value in values]
 
 
-def bounds(rule, steps):
-    """F* at each step; a step is (loss, model, how far it lowers the model)."""
+def follow(rule, steps):
+    """F*, and the part of the way to it, at each step; a step is (loss, model, learning rate, decrease)."""
     memory, found = torch.tensor(rule.initial, dtype=torch.float64), []
     for step in steps:
-        loss, model, decrease = tensors(*step)
-        found.append(rule.bound(memory, loss, model).item())
-        memory = rule.remember(memory, loss, model, decrease)
+        *seen, decrease = tensors(*step)
+        found.append((rule.bound(memory, Seen(*seen)).item(), rule.part(memory, Seen(*seen)).item()))
+        memory = rule.remember(memory, Seen(*seen), decrease)
     return found
+
+
+def bounds(rule, steps):
+    return [bound for bound, _ in follow(rule, steps)]
 
 
 def test_the_model_is_what_the_linearisations_say():
@@ -81,32 +87,44 @@ def test_a_truncated_step_lowers_the_model_to_the_bound(descent):
 
 
 def test_a_number_is_the_bound_whatever_happens():
-    memory, loss, model = tensors(1.0, 2.0, 3.0)
-    assert Fixed(0.5).bound(memory, loss, model) == 0.5
+    assert follow(Fixed(0.5), [(2.0, 3.0, 1.0, 0.1), (0.1, 0.2, 0.5, 9.0)]) == [(0.5, 1.0)] * 2
     assert lower_bound(-2.0, 0.7, 10) == Fixed(-2.0)
 
 
 def test_the_names_of_the_rules():
     assert isinstance(lower_bound("star", 0.7, 10), Star)
-    assert lower_bound("auto", 0.6, 20) == Relative(0.6, 20)
-    assert set(BOUND_RULES) == {"star", "auto"}
+    assert lower_bound("relative", 0.6, 20) == Relative(0.6, 20)
+    assert lower_bound("auto", 0.6, 20) == Scheduled(0.6, 20)
+    assert set(BOUND_RULES) == {"star", "relative", "auto"}
 
 
 def test_star_is_the_model_at_the_last_step_less_half_of_what_that_step_took_from_it():
     """Never below 0; and where the model has come below the bound, half of the model takes its place."""
-    steps = [(5.0, 5.0, 2.0), (4.5, 4.6, 0.2), (4.0, 4.0, 1.0), (4.0, 3.0, 9.0), (4.0, 2.0, 1.0)]
+    models_and_decreases = [(5.0, 2.0), (4.6, 0.2), (4.0, 1.0), (3.0, 9.0), (2.0, 1.0)]
+    steps = [(4.0, model, 1.0, decrease) for model, decrease in models_and_decreases]
     assert bounds(Star(), steps) == pytest.approx([0.0, 4.0, 4.0 / 2, 3.0 / 2, 0.0])
 
 
-def test_auto_is_a_fraction_of_a_running_mean_of_the_loss_that_starts_at_the_first():
-    steps = [(8.0, 7.0, 1.0), (4.0, 7.0, 1.0), (0.0, 7.0, 1.0)]
-    assert bounds(Relative(0.5, 4), steps) == pytest.approx([4.0, 3.5, 2.625])
+STEPS = [(8.0, 7.0, 0.2, 1.0), (4.0, 7.0, 0.4, 1.0), (0.0, 7.0, 0.1, 1.0), (0.0, 7.0, 0.0, 1.0)]
 
 
+@pytest.mark.parametrize("rule", [Relative(0.5, 4), Scheduled(0.5, 4)])
+def test_a_fraction_of_a_running_mean_of_the_loss_that_starts_at_the_first(rule):
+    assert bounds(rule, STEPS) == pytest.approx([4.0, 3.5, 2.625, 1.96875])
+
+
+@pytest.mark.parametrize("rule", [Relative(0.7, 10), Scheduled(0.7, 10)])
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_auto_has_no_scale_of_its_own(scale):
-    steps = [(8.0, 7.0, 1.0), (4.0, 7.0, 1.0), (1.0, 7.0, 1.0)]
-    scaled = [tuple(scale * x for x in step) for step in steps]
-    assert bounds(Relative(0.7, 10), scaled) == pytest.approx(
-        [scale * x for x in bounds(Relative(0.7, 10), steps)]
-    )
+def test_it_has_no_scale_of_its_own(rule, scale):
+    scaled = [(scale * loss, scale * model, lr, scale * decrease) for loss, model, lr, decrease in STEPS]
+    assert bounds(rule, scaled) == pytest.approx([scale * x for x in bounds(rule, STEPS)])
+
+
+def test_auto_goes_as_much_less_far_as_the_schedule_has_come_down_from_its_peak():
+    assert [part for _, part in follow(Scheduled(0.5, 4), STEPS)] == pytest.approx([1.0, 1.0, 0.25, 0.0])
+    assert [part for _, part in follow(Relative(0.5, 4), STEPS)] == [1.0] * 4
+
+
+def test_a_schedule_that_starts_at_zero_is_no_nan():
+    warming_up = [(8.0, 7.0, 0.0, 0.0), (8.0, 7.0, 0.1, 0.0)]
+    assert [part for _, part in follow(Scheduled(0.5, 4), warming_up)] == [1.0, 1.0]
