@@ -96,9 +96,8 @@ class History:
     @property
     def bound_memory(self) -> Tensor:
         """What the rule for the lower bound remembers, 1-D; it may be empty."""
-        memory: Tensor = self._state[self._pieces[0].tensor].get(
-            "lower_bound_memory", self.running_loss[None][:0]
-        )
+        its, nothing = self._state[self._pieces[0].tensor], self.running_loss.reshape(1)[:0]
+        memory: Tensor = its.get("lower_bound_memory", nothing)
         return memory
 
     def keep_bound_memory(self, memory: Tensor, ok: Tensor) -> None:
