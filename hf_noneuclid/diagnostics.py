@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .momo import NO_BOUND
+
 FATAL_RUN = 10
 """This many bad steps in a row are no accident any more."""
 
@@ -56,6 +58,10 @@ class StepRecord:
     nuclear_norms: Tensor
     matrix_names: Sequence[str]
 
+    def _read_bound(self) -> float | None:
+        bound = None if self.lower_bound is None else self.lower_bound.item()
+        return None if bound is None or bound <= NO_BOUND else bound
+
     def read(self) -> dict[str, Any]:
         nuclear = self.nuclear_norms.tolist()
         return {
@@ -65,6 +71,6 @@ class StepRecord:
             "dual_norm": self.dual_norm.item(),
             "loss": None if self.loss is None else self.loss.item(),
             "running_loss": None if self.running_loss is None else self.running_loss.item(),
-            "loss_lower_bound": None if self.lower_bound is None else self.lower_bound.item(),
+            "loss_lower_bound": self._read_bound(),
             "nuclear_norms": dict(zip(self.matrix_names, nuclear, strict=True)),
         }

@@ -60,8 +60,9 @@ class StepLog:
         metrics = {"step_size": now["step_size"], "dual_norm": now["dual_norm"]}
         if now["running_loss"] is not None:
             metrics["truncation_rate"] = since["truncated_steps"] / max(1, since["steps"])
-            metrics["loss_lower_bound"] = now["loss_lower_bound"]
-            self._warn_of_low_loss(now)
+            if now["loss_lower_bound"] is not None:
+                metrics["loss_lower_bound"] = now["loss_lower_bound"]
+            self._warn_of_low_loss(now["loss"], now["loss_lower_bound"])
         if since["bad_steps"]:
             logger.warning(
                 "%d of the last %d steps had a NaN or infinite loss or gradient and changed nothing.",
@@ -83,13 +84,25 @@ class StepLog:
             "checkpoint is sound."
         )
 
-    def _warn_of_low_loss(self, now: dict[str, Any]) -> None:
-        if now["loss"] < now["loss_lower_bound"] and not self._warned_of_bound:
-            self._warned_of_bound = True
+    def _warn_of_low_loss(self, loss: float, bound: float | None) -> None:
+        rule = self._optimizer.param_groups[0]["loss_lower_bound"]
+        is_low = bound is None or loss < (0 if isinstance(rule, str) else bound)
+        if self._warned_of_bound or not is_low:
+            return
+        self._warned_of_bound = True
+        if bound is None:
             logger.warning(
-                "the loss, %g, is below loss_lower_bound=%g: the bound is wrong for this loss, and Momo "
-                "takes steps that are too short, or none. Give a bound that holds, or use the method without "
-                "Momo.",
-                now["loss"],
-                now["loss_lower_bound"],
+                "the loss is %g, and its mean not above 0, where loss_lower_bound=%s knows no bound: Momo "
+                "truncates no step there. Give a number that the loss does not go below, or use the method "
+                "without Momo.",
+                loss,
+                rule,
             )
+            return
+        logger.warning(
+            "the loss, %g, is below loss_lower_bound=%s (%g): the bound is wrong for this loss, and Momo "
+            "takes steps that are too short, or none. Give a bound that holds, or use the method without Momo.",
+            loss,
+            rule,
+            bound,
+        )

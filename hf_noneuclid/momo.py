@@ -59,6 +59,10 @@ def model_decrease(step_size: Tensor, dual: Tensor, descent: Descent) -> Tensor:
     return decrease * dual if descent == "regularized" else decrease
 
 
+NO_BOUND = -1e30
+"""Lower than any loss. Infinity would be NaN where the learning rate is 0."""
+
+
 class Seen(NamedTuple):
     """What a rule for the lower bound is told at a step, all 0-d."""
 
@@ -122,7 +126,8 @@ class Star(LowerBound):
 class Relative(LowerBound):
     """``relative``: a fraction of a running mean of the loss. A step may lower the model by the rest of it.
 
-    It assumes a loss above 0, of any scale, which may change. Its memory is the mean.
+    It assumes a loss above 0, of any scale, which may change. Where the mean is not above 0 it knows no
+    bound, and nothing is truncated. Its memory is the mean.
 
     Args:
         fraction: Of the mean, from 0 (where it is the bound 0) to below 1.
@@ -135,7 +140,8 @@ class Relative(LowerBound):
     initial: ClassVar[tuple[float, ...]] = (math.nan,)
 
     def bound(self, memory: Tensor, seen: Seen) -> Tensor:
-        return self.fraction * self._mean(memory[0], seen.loss)
+        mean = self._mean(memory[0], seen.loss)
+        return torch.where(mean > 0, self.fraction * mean, NO_BOUND)
 
     def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
         return self._mean(memory[0], seen.loss).reshape(1)

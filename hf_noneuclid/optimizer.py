@@ -393,11 +393,12 @@ class NonEuclideanDescent(Optimizer):
         Returns:
             An empty dict before the first step; then ``lr`` η, ``step_size`` τ, ``truncated``, ``dual_norm``
             D, ``loss`` (mean over the ranks, None if unknown), ``running_loss`` f̄ (None without Momo),
-            ``loss_lower_bound`` F*, ``nuclear_norms`` by the matrix's name (as the step used them: exact,
-            stale or Frobenius), and counts since the optimizer was made: ``steps``, ``truncated_steps``,
-            ``bad_steps``, ``consecutive_bad_steps``, and ``first_fatal_step``, where the last ten bad steps
-            in a row began (0 if that did not happen). ``bytes_sent`` is what this rank has sent to others
-            for the steps so far, by collective; empty on one device.
+            ``loss_lower_bound`` F* (None where a rule knows none), ``nuclear_norms`` by the matrix's name
+            (as the step used them: exact, stale or Frobenius), and counts since the optimizer was made:
+            ``steps``, ``truncated_steps``, ``bad_steps``, ``consecutive_bad_steps``, and
+            ``first_fatal_step``, where the last ten bad steps in a row began (0 if that did not happen).
+            ``bytes_sent`` is what this rank has sent to others for the steps so far, by collective; empty
+            on one device.
         """
         if self._record is None or self._counter is None or self._plan is None:
             return {}
