@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,3 +75,52 @@ class StepRecord:
             "loss_lower_bound": self._read_bound(),
             "nuclear_norms": dict(zip(self.matrix_names, nuclear, strict=True)),
         }
+
+
+class Diagnostics:
+    """What the steps so far have left to be looked at.
+
+    Args:
+        resumed: These are not the first steps of a run.
+    """
+
+    def __init__(self, *, resumed: bool) -> None:
+        self._record: StepRecord | None = None
+        self._counter: StepCounter | None = None
+        self._first: StepRecord | None = None
+        self._first_is_known = resumed
+
+    def note(self, record: StepRecord, ok: Tensor) -> None:
+        """Takes note of one step; ok says whether it was taken."""
+        if self._counter is None:
+            self._counter = StepCounter(ok.device)
+        self._counter.count(ok, record.truncated)
+        self._record = record
+        if not self._first_is_known:
+            self._first, self._first_is_known = record, True
+
+    def renew_lr(self, lr: float) -> None:
+        """The learning rate of the step that was noted last."""
+        if self._record is not None:
+            self._record = replace(self._record, lr=lr)
+
+    def read(self) -> dict[str, Any]:
+        """The last step and all counts; empty before the first step."""
+        if self._record is None or self._counter is None:
+            return {}
+        self._warn_of_high_bound()
+        return {**self._record.read(), **self._counter.read()}
+
+    def _warn_of_high_bound(self) -> None:
+        """Once: with a lower bound above the loss no step is ever taken."""
+        first, self._first = self._first, None
+        if first is None or first.loss is None or first.lower_bound is None:
+            return
+        loss, bound = first.loss.item(), first.lower_bound.item()
+        if bound > loss:
+            warnings.warn(
+                f"loss_lower_bound is {bound:g}, above the first loss, {loss:g}: Momo takes the "
+                "loss for one that cannot fall and makes no step. Give a bound below every loss, such as 0.0 "
+                "for cross-entropy.",
+                stacklevel=4,
+            )

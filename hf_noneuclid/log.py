@@ -101,7 +101,8 @@ class StepLog:
             return
         logger.warning(
             "the loss, %g, is below loss_lower_bound=%s (%g): the bound is wrong for this loss, and Momo "
-            "takes steps that are too short, or none. Give a bound that holds, or use the method without Momo.",
+            "takes steps that are too short, or none. Give a bound that holds, or use the method without "
+            "Momo.",
             loss,
             rule,
             bound,

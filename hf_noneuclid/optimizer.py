@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import options
-from .diagnostics import StepCounter, StepRecord
+from .diagnostics import Diagnostics, StepRecord
 from .elementwise import MIB, largest_entries
 from .geometry import Geometry
 from .history import History
 from .layouts import bind
 from .layouts.pieces import make_pieces
-from .layouts.plan import Batch, Plan, make_plan
+from .layouts.plan import Plan, make_plan
 from .momo import BoundRule, Descent, Seen, lower_bound, model_decrease, model_value, truncated_step_size
+from .phases import Checked, Decided, Measured
 from .polar import PolarMethod
 from .product_norms import ProductNormName, product_norm
 
 Loss = Tensor | float
-
-
-class Checked(NamedTuple):
-    """Phase 0: whether this step may be taken at all."""
-
-    ok: Tensor
-    grads: list[Tensor]
-    loss: Tensor | None
-    """f, the mean over the ranks."""
-    inner: Tensor | None
-    """Σ⟨p, g⟩."""
-
-
-class Measured(NamedTuple):
-    """Phase 2: what the momenta amount to."""
-
-    duals: dict[Batch, Tensor]
-    """d of every unit, before it is scaled."""
-    inner: Tensor | None
-    """Σ⟨p, m⟩."""
-
-
-class Decided(NamedTuple):
-    """Phase 3: what multiplies each unit's direction, and whether anything may move."""
-
-    ok: Tensor
-    step_size: Tensor
-    truncated: Tensor
-    lower_bound: Tensor | None
-    bound_memory: Tensor | None
-    """What the rule for F* remembers for the next step."""
-    dual: Tensor
-    decay_rate: Tensor
-    """η, or 0 if nothing may move."""
-    coefficients: Tensor
 
 
 class NonEuclideanDescent(Optimizer):
@@ -152,10 +116,7 @@ class NonEuclideanDescent(Optimizer):
         self._plan: Plan | None = None
         self._plan_key: list[Any] = []
         self._eta: Tensor | None = None
-        self._record: StepRecord | None = None
-        self._counter: StepCounter | None = None
-        self._first_loss: Tensor | None = None
-        self._first_loss_seen = bool(getattr(self, "state", None))
+        self._diagnostics = Diagnostics(resumed=bool(getattr(self, "state", None)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -328,8 +289,7 @@ class NonEuclideanDescent(Optimizer):
         lr = options.common_lr(self.param_groups)
         if self._eta is not None:
             self._eta.fill_(lr)
-        if self._record is not None:
-            self._record = replace(self._record, lr=lr)
+        self._diagnostics.renew_lr(lr)
 
     def _current_plan(self) -> Plan:
         """The plan, made anew if parameters were added, frozen or replaced, or their options changed."""
@@ -370,12 +330,7 @@ class NonEuclideanDescent(Optimizer):
     # ---------------------------------------------------------------- what the user sees
 
     def _report(self, plan: Plan, lr: float, checked: Checked, measured: Measured, decided: Decided) -> None:
-        if self._counter is None:
-            self._counter = StepCounter(plan.device)
-        self._counter.count(decided.ok, decided.truncated)
-        if not self._first_loss_seen and self._option("momo"):
-            self._first_loss, self._first_loss_seen = checked.loss, True
-        self._record = StepRecord(
+        record = StepRecord(
             lr=lr,
             step_size=decided.step_size,
             truncated=decided.truncated,
@@ -386,6 +341,7 @@ class NonEuclideanDescent(Optimizer):
             nuclear_norms=torch.cat([plan.scales[:0], *(measured.duals[batch] for batch in plan.matrices)]),
             matrix_names=plan.matrix_names(),
         )
+        self._diagnostics.note(record, decided.ok)
 
     def diagnostics(self) -> dict[str, Any]:
         """What the last step did. Reading waits for the device; steps that nobody reads do not.
@@ -400,23 +356,8 @@ class NonEuclideanDescent(Optimizer):
             ``bytes_sent`` is what this rank has sent to others for the steps so far, by collective; empty
             on one device.
         """
-        if self._record is None or self._counter is None or self._plan is None:
-            return {}
-        self._warn_of_high_bound()
-        sent = dict(self._plan.ranks.sent)
-        return {**self._record.read(), **self._counter.read(), "bytes_sent": sent}
-
-    def _warn_of_high_bound(self) -> None:
-        """Once: with a lower bound above the loss no step is ever taken."""
-        first, bound = self._first_loss, self._option("loss_lower_bound")
-        self._first_loss = None
-        if first is not None and not isinstance(bound, str) and bound > (loss := first.item()):
-            warnings.warn(
-                f"loss_lower_bound is {bound:g}, above the first loss, {loss:g}: Momo takes the "
-                "loss for one that cannot fall and makes no step. Give a bound below every loss, such as 0.0 "
-                "for cross-entropy.",
-                stacklevel=3,
-            )
+        read = self._diagnostics.read()
+        return {**read, "bytes_sent": dict(self._plan.ranks.sent)} if read and self._plan else {}
 
     # ---------------------------------------------------------------- checkpoints
 
