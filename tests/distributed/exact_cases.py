@@ -165,14 +165,15 @@ def make_model(case):
 
 def make_optimizer(case, model, merged):
     """Some parameters decay. For DeepSpeed, all are in one group."""
-    momo = case.method.endswith("_momo")
+    # A bound so far below the model that their difference keeps its digits.
+    bound = {"loss_lower_bound": case.lower_bound, "lower_bound_fraction": 0.25}
     options = {
         "polar_method": case.polar_method,
         "nuclear_norm": case.nuclear_norm,
         "momentum": 0.5,
         "beta2": 0.75,
         "matrix_lr_scale": 2.0,
-        **({"loss_lower_bound": case.lower_bound} if momo else {}),
+        **(bound if case.method.endswith("_momo") else {}),
     }
     name = case.method.removesuffix("_momo")
     lr = LEARNING_RATES[name] * FEWER[case.model] ** (1 if name in ("muon", "scion") else 2)
