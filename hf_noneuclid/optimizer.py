@@ -240,24 +240,29 @@ class NonEuclideanDescent(Optimizer):
 
     def _decide(self, plan: Plan, eta: Tensor, checked: Checked, measured: Measured) -> Decided:
         """Phase 3: D, the shares c and τ."""
-        descent: Descent = self._option("descent")
         d = torch.cat([measured.duals[batch] for batch in plan.batches]) * plan.scales
         n = plan.matrix_units
         product = product_norm(self._option("product_norm")).compose(d[:n], d[n:])
-        tau = torch.where(product.dual == 0, 0, eta)
-        bound = memory = None
-        if measured.inner is not None and checked.loss is not None:
-            rule, memory = self._lower_bound, self._history.bound_memory
-            seen = Seen(checked.loss, model_value(self._history.running_loss, measured.inner), eta)
-            bound = rule.bound(memory, seen)
-            height = rule.part(memory, seen) * (seen.model - bound)
-            tau = truncated_step_size(eta, height, product.dual, descent)
-            memory = rule.remember(memory, seen, model_decrease(tau, product.dual, descent))
+        tau, bound, memory = self._step_size(eta, product.dual, checked.loss, measured.inner)
         ok = checked.ok & product.dual.isfinite() & tau.isfinite()
         shares = torch.cat([product.matrix_shares, product.vector_shares])
-        length = tau * product.dual if descent == "regularized" else tau
+        length = tau * product.dual if self._option("descent") == "regularized" else tau
         coefficients = torch.where(ok, -length * shares * plan.scales, 0)
         return Decided(ok, tau, tau < eta, bound, memory, product.dual, eta * ok, coefficients)
+
+    def _step_size(
+        self, eta: Tensor, dual: Tensor, loss: Tensor | None, inner: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """τ; with Momo also F*, and what its rule remembers."""
+        if loss is None or inner is None:
+            return torch.where(dual == 0, 0, eta), None, None
+        descent: Descent = self._option("descent")
+        rule, memory = self._lower_bound, self._history.bound_memory
+        seen = Seen(loss, model_value(self._history.running_loss, inner), eta)
+        bound = rule.bound(memory, seen)
+        height = rule.part(memory, seen) * (seen.model - bound)
+        tau = truncated_step_size(eta, height, dual, descent)
+        return tau, bound, rule.remember(memory, seen, model_decrease(tau, dual, descent))
 
     def _apply(self, plan: Plan, decided: Decided, measured: Measured) -> None:
         """Phase 4: p ← (1 - ηλ) p + coefficient u."""
