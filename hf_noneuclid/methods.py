@@ -56,6 +56,8 @@ ALIASES: dict[str, str] = {
 }
 
 DEFAULT_MATRIX_LR_SCALE = 10.0
+DEFAULT_LOWER_BOUND = "auto"
+"""Of the methods with Momo. The paper's is 0.0."""
 
 _METHOD_RULES: dict[str, options.Rule] = {
     "descent": options.OPTIMIZER_OPTIONS["descent"],
@@ -150,7 +152,7 @@ def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
         settings = METHODS[name]
     known = {key: rule for key, rule in _TUNING_RULES.items() if settings.momo or key not in _MOMO_ONLY}
     options.check(values, known, where)
-    return settings, values
+    return settings, {"loss_lower_bound": DEFAULT_LOWER_BOUND, **values} if settings.momo else values
 
 
 def create_groups(

@@ -91,7 +91,7 @@ class NonEuclideanDescent(Optimizer):
         product_norm: ProductNormName,
         momo: bool = False,
         loss_lower_bound: float | BoundRule = 0.0,
-        lower_bound_fraction: float = 0.7,
+        lower_bound_fraction: float = 0.85,
         lower_bound_horizon: float = 10.0,
         momentum: float = 0.95,
         beta2: float = 0.95,

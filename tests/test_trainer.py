@@ -717,7 +717,8 @@ def test_a_nan_loss_changes_nothing_and_training_goes_on(arguments, trainer_clas
 
 
 def test_a_second_training_does_not_report_the_steps_of_the_first(arguments):
-    trainer, _ = train(Trainer, arguments(learning_rate=100.0, max_steps=3), compute_loss_func=nan_in_call(2))
+    args = arguments(learning_rate=100.0, max_steps=3, optim_args="loss_lower_bound=0.0")
+    trainer, _ = train(Trainer, args, compute_loss_func=nan_in_call(2))
     trainer.args.learning_rate = 1e-5
     for group in trainer.optimizer.param_groups:
         group["lr"] = group["initial_lr"] = 1e-5
