@@ -4,13 +4,15 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from reporting.bounds import bound_order, in_words
 from reporting.measures import best_index
+from reporting.settings import setting_names
 from sweeping.study import Result
-from sweeping.suite import Run, as_text
+from sweeping.suite import Run
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,21 @@ class Curve:
     Attributes:
         method: value of --optim.
         method_options: options of the method that vary in the suite.
-        options: options of the recipe that do.
+        options: options of the recipe that do. Curves are comparable where these are the same.
         points: one for each learning rate, rising.
+        setting: short name of `options`; empty if the suite has a single setting.
     """
 
     method: str
     method_options: Mapping[str, Any]
     options: Mapping[str, Any]
     points: tuple[Point, ...]
+    setting: str = ""
 
     @property
     def label(self) -> str:
-        """The method, and what varies."""
-        return ", ".join([self.method, *_settings(self.method_options), *_settings(self.options)])
-
-    @property
-    def setting(self) -> str:
-        """What varies, without the method."""
-        return ", ".join([*_settings(self.method_options), *_settings(self.options)])
+        """The method and those of its options that vary, without the setting."""
+        return ", ".join([self.method, *in_words(self.method_options)])
 
     @property
     def momo(self) -> bool:
@@ -98,7 +97,7 @@ class Curve:
 
 
 def build_curves(wanted: Sequence[Run], results: Sequence[Result]) -> list[Curve]:
-    """Return the curves of a suite in the order of its runs.
+    """Return the curves of a suite, those of a setting together, in the order of its runs otherwise.
 
     Args:
         wanted: all runs of the suite; those without a result are missing.
@@ -106,19 +105,36 @@ def build_curves(wanted: Sequence[Run], results: Sequence[Result]) -> list[Curve
     """
     by_key = {result.run.key: result for result in results}
     runs = list({run.key: run for run in [*wanted, *(result.run for result in results)]}.values())
-    varying = _what_varies(runs)
+    of_methods, of_recipe = _what_varies_for_a_method(runs), _what_varies([run.options for run in runs])
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.curve].append(run)
-    return [_curve(group, by_key, varying) for group in groups.values()]
+    found = [_curve(group, by_key, of_methods, of_recipe) for group in groups.values()]
+    settings = {_canonical(curve.options): curve.options for curve in found}
+    names = dict(zip(settings, setting_names(list(settings.values())), strict=True))
+    named = [replace(curve, setting=names[_canonical(curve.options)]) for curve in found]
+    return _in_order(named)
 
 
-def _curve(runs: Sequence[Run], by_key: Mapping[str, Result], varying: set[str]) -> Curve:
+def _in_order(curves: Sequence[Curve]) -> list[Curve]:
+    """Sort by setting, then by method, both as the suite has them, then by lower bound."""
+    settings, methods = list(by_setting(curves)), methods_of(curves)
+
+    def place(curve: Curve) -> tuple[Any, ...]:
+        where = settings.index(curve.setting), methods.index(curve.method)
+        return *where, bound_order(curve.method_options)
+
+    return sorted(curves, key=place)
+
+
+def _curve(
+    runs: Sequence[Run], by_key: Mapping[str, Result], of_methods: set[str], of_recipe: set[str]
+) -> Curve:
     first, rates = runs[0], sorted({run.learning_rate for run in runs})
     points = [_point(rate, [run for run in runs if run.learning_rate == rate], by_key) for rate in rates]
     method_options, options = (
         {key: value for key, value in sorted(values.items()) if key in varying}
-        for values in (first.method_options, first.options)
+        for values, varying in ((first.method_options, of_methods), (first.options, of_recipe))
     )
     return Curve(first.method, method_options, options, tuple(points))
 
@@ -130,19 +146,40 @@ def _point(rate: float, runs: Iterable[Run], by_key: Mapping[str, Result]) -> Po
     return Point(rate, done, diverged, len(found) - len(done) - len(diverged))
 
 
-def _what_varies(runs: Sequence[Run]) -> set[str]:
-    """Return the options that have several values for the same method; a method may have none of them."""
-    seen: dict[tuple[str, str], set[str]] = defaultdict(set)
-    keys = {key for run in runs for key in (*run.method_options, *run.options)}
+def _what_varies_for_a_method(runs: Sequence[Run]) -> set[str]:
+    """Return the method options that vary for some method: its name says those that it always has."""
+    options: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for run in runs:
-        values = {**run.method_options, **run.options}
-        for key in keys:
-            seen[run.method, key].add(json.dumps(values.get(key)))
-    return {key for (_, key), values in seen.items() if len(values) > 1}
+        options[run.method].append(run.method_options)
+    return set().union(*map(_what_varies, options.values()))
+
+
+def _what_varies(mappings: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the keys that do not have the same value everywhere; not to be there is a value, too."""
+    keys = {key for mapping in mappings for key in mapping}
+    return {key for key in keys if len({_canonical(mapping.get(key)) for mapping in mappings}) > 1}
+
+
+def by_setting(curves: Iterable[Curve]) -> dict[str, list[Curve]]:
+    """Return the curves that are comparable with each other, by the name of their setting."""
+    groups: dict[str, list[Curve]] = defaultdict(list)
+    for curve in curves:
+        groups[curve.setting].append(curve)
+    return dict(groups)
+
+
+def lowest_loss(curves: Iterable[Curve]) -> float | None:
+    """Return the best loss of any curve, in nats per token; None before one has any."""
+    return min((curve.best.loss for curve in curves if curve.best), default=None)
+
+
+def methods_of(curves: Iterable[Curve]) -> list[str]:
+    """Return the methods in the order of the suite."""
+    return list(dict.fromkeys(curve.method for curve in curves))
 
 
 def best_of_each(curves: Iterable[Curve]) -> list[Curve]:
-    """Return each method's best curve: with several settings of its options, the lowest."""
+    """Return each method's best curve over its options; the curves are of one setting."""
     best: dict[tuple[str, bool], Curve] = {}
     for curve in curves:
         place = (curve.method, curve.momo)
@@ -158,5 +195,5 @@ def mean_series(results: Iterable[Result], key: str) -> tuple[list[int], list[fl
     return steps, [fmean(run[step] for run in runs) for step in steps]
 
 
-def _settings(options: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={as_text(value)}" for key, value in options.items()]
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

@@ -3,18 +3,39 @@
 from collections.abc import Mapping
 from typing import Any
 
-from reporting.comparisons import FACTORS, VARIANT_OPTIONS
+from reporting.comparisons import VARIANT_OPTIONS
+from reporting.lower_bounds import FACTORS
 from reporting.measures import ENOUGH_SEEDS
-from reporting.report_format import band, excess, loss, number, rate, table
-
-Summary = Mapping[str, Any]
+from reporting.report_format import (
+    Setting,
+    Summary,
+    band,
+    excess,
+    loss,
+    number,
+    per_setting,
+    rate,
+    several_settings,
+    table,
+)
+from sweeping.suite import as_text
 
 
 def paper_section(summary: Summary) -> str:
     """Return our figures beside the paper's, with a verdict for each."""
-    rows = summary["paper"]
-    if not rows:
+    tables = per_setting(summary, _paper_table)
+    if not tables:
         return ""
+    tolerance = next(row["tolerance"] for setting in summary["settings"] for row in setting["paper"])
+    text = (
+        "Allowed: two standard deviations of the difference, 2 √(std² + std²), plus a tolerance of "
+        f"{tolerance:g} nats per token. Fewer than {ENOUGH_SEEDS} seeds at the best learning rate "
+        "count as not run."
+    )
+    return f"## Beside the paper\n\n{text}\n\n{tables}"
+
+
+def _paper_table(setting: Setting) -> str:
     head = ("method", "ours", "seeds", "learning rate", "paper", "difference", "allowed", "verdict")
     body = [
         [
@@ -22,14 +43,9 @@ def paper_section(summary: Summary) -> str:
             *(band(row["paper_loss"], row["paper_std"]), _signed(row["difference"]), loss(row["allowed"])),
             f"**{row['verdict']}**",
         ]
-        for row in rows
+        for row in setting["paper"]
     ]
-    text = (
-        "Allowed: two standard deviations of the difference, 2 √(std² + std²), plus a tolerance of "
-        f"{rows[0]['tolerance']:g} nats per token. Fewer than {ENOUGH_SEEDS} seeds at the best learning rate "
-        "count as not run."
-    )
-    return f"## Beside the paper\n\n{text}\n\n{table(head, body)}"
+    return table(head, body) if body else ""
 
 
 def _signed(value: float | None) -> str:
@@ -38,11 +54,14 @@ def _signed(value: float | None) -> str:
 
 def variants_section(summary: Summary) -> str:
     """Return the table of the combinations of descent, norms and Momo, best first."""
-    rows = summary["variants"]
-    if not rows:
-        return ""
+    tables = per_setting(summary, _variants_table)
+    count = max(len(setting["variants"]) for setting in summary["settings"])
+    return f"## The {count} variants, best first\n\n{tables}" if tables else ""
+
+
+def _variants_table(setting: Setting) -> str:
     head = ("descent", "product norm", "vector norm", "Momo", "best loss", "at", "regret at the highest rate")
-    ranked = sorted(rows, key=lambda row: (row["loss"] is None, row["loss"] or 0.0))
+    ranked = sorted(setting["variants"], key=lambda row: (row["loss"] is None, row["loss"] or 0.0))
     body = [
         [
             *(row[name] for name in VARIANT_OPTIONS),
@@ -50,31 +69,41 @@ def variants_section(summary: Summary) -> str:
         ]
         for row in ranked
     ]
-    return f"## The {len(rows)} variants, best first\n\n{table(head, body)}"
+    return table(head, body) if body else ""
 
 
 def lower_bound_section(summary: Summary) -> str:
     """Return the final loss under each lower bound, at the same learning rates."""
-    rows = summary["lower_bound"]
-    if not rows:
+    tables = per_setting(summary, _bounds)
+    if not tables:
+        return ""
+    here = " in the same setting" * several_settings(summary)
+    text = (
+        "F* is the lower bound of the loss: a number, or a rule with its fraction. A method's best learning "
+        f"rate is the one of its lowest loss under any bound{here}, so that the bounds of a method stand "
+        "side by side at the same learning rates. In brackets: excess over the best of the same method"
+        f"{here}. -: not in the grid, or no run has ended."
+    )
+    return f"## Which lower bound\n\n{text}\n\n{tables}"
+
+
+def _bounds(setting: Setting) -> str:
+    found = setting["lower_bound"]
+    if not found or not found["bounds"]:
         return ""
     head = ("method", "F*", "own best", *(_factor_head(factor) for factor in FACTORS))
     body = [
         [row["method"], row["bound"], _compared(row["own_best"], with_rate=True)]
         + [_compared(row["at"][str(factor)]) for factor in FACTORS]
-        for row in rows
+        for row in found["bounds"]
     ]
-    text = (
-        "A method's best learning rate is the one of its lowest loss under any bound, so that the bounds of "
-        f"a method stand side by side at the same learning rates: {_rates(rows)}. In brackets: excess over "
-        f"the best of the suite, {loss(summary['best_loss'])}. -: not in the grid, or no run has ended."
-    )
-    return f"## Which lower bound\n\n{text}\n\n{table(head, body)}"
+    bests = "; ".join(f"{row['method']} {_best(row)}" for row in found["methods"])
+    return f"Best under any bound: {bests}.\n\n{table(head, body)}"
 
 
-def _rates(rows: list[Mapping[str, Any]]) -> str:
-    known = {row["method"]: row["at"]["1"]["learning_rate"] for row in rows if row["at"]["1"]}
-    return ", ".join(f"{method} {rate(value)}" for method, value in known.items())
+def _best(row: Mapping[str, Any]) -> str:
+    above = f", {excess(row['excess'])} over the best of any method" if row["excess"] else ""
+    return f"{loss(row['loss'])} at {rate(row['learning_rate'])}{above}"
 
 
 def _factor_head(factor: int) -> str:
@@ -95,11 +124,13 @@ def batch_size_section(summary: Summary) -> str:
     rows = summary["batch_size"]
     if not rows:
         return ""
-    head = ("method", "sequences per device and step", "best learning rate", "final loss", "seeds")
+    names = sorted({name for row in rows for name in row["options"]})
+    head = ("method", "sequences per device and step", *names, "best learning rate", "final loss", "seeds")
     body = [
         [
-            *(row["method"], number(row["batch_size"]), rate(row["learning_rate"])),
-            *(band(row["loss"], row["std"]), str(row["seeds"])),
+            *(row["label"], number(row["batch_size"])),
+            *(as_text(row["options"][name]) if name in row["options"] else "-" for name in names),
+            *(rate(row["learning_rate"]), band(row["loss"], row["std"]), str(row["seeds"])),
         ]
         for row in rows
     ]

@@ -12,20 +12,32 @@ from reporting.report_comparisons import (
     paper_section,
     variants_section,
 )
-from reporting.report_format import band, decades, loss, number, rate, table
+from reporting.report_format import (
+    Setting,
+    Summary,
+    band,
+    decades,
+    loss,
+    number,
+    per_setting,
+    rate,
+    several_settings,
+    table,
+)
 from sweeping.suite import as_text
-
-Summary = Mapping[str, Any]
 
 CAPTIONS = {
     "final_loss.png": "Final validation loss against learning rate: mean over seeds, the band from the "
     "lowest to the highest seed. Solid with Momo, dashed without. Above the top edge: crosses where a "
-    "seed diverged, triangles where the loss is too high for the figure.",
-    "training.png": "Training and evaluation loss of each method at its best learning rate, mean over seeds.",
-    "step_size.png": "Step size τ (solid) and scheduled learning rate η (dashed) of the first seed.",
+    "seed diverged, triangles where the loss is too high for the figure. Where lower bounds F* are compared, "
+    "a panel for each method and a line for each bound.",
+    "training.png": "Training and evaluation loss of each method with its best options, at its best learning "
+    "rate, mean over seeds.",
+    "step_size.png": "Step size τ (solid) and scheduled learning rate η (dashed) of the first "
+    "seed, for each method with its best options.",
     "variants.png": "The variants: best final loss over learning rates, and regret at the highest of them.",
-    "lower_bound.png": "Final loss against the lower bound F*. Crosses above the top edge: a seed "
-    "diverged, or the loss is too high for the figure.",
+    "lower_bound.png": "Final loss against the lower bound F*; the numbers are joined. Crosses above the top "
+    "edge: a seed diverged, or the loss is too high for the figure.",
     "batch_size.png": "Best learning rate, and the final loss there, against batch size.",
 }
 
@@ -69,6 +81,12 @@ def _head(summary: Summary) -> str:
         "sample standard deviation over seeds. A learning rate at which any seed diverged counts as an "
         "infinite loss."
     )
+    if several_settings(summary):
+        lines.append(
+            f"The runs are of {len(summary['settings'])} settings (options of the recipe). Losses of "
+            "different settings are not comparable: the best is always that of any method in the same "
+            "setting."
+        )
     return "\n\n".join(lines)
 
 
@@ -76,9 +94,13 @@ def _head(summary: Summary) -> str:
 
 
 def _best_section(summary: Summary) -> str:
+    return f"## Best final loss\n\n{per_setting(summary, _best_table)}"
+
+
+def _best_table(setting: Setting) -> str:
     head = ("method", "best final loss", "seeds", "learning rate", "learning rates with a diverged seed")
     rows = []
-    for curve in summary["curves"]:
+    for curve in setting["curves"]:
         best = curve["best"] or {}
         gone = [rate(point["learning_rate"]) for point in curve["points"] if point["diverged"]]
         cells = [
@@ -87,16 +109,35 @@ def _best_section(summary: Summary) -> str:
             rate(best.get("learning_rate")),
         ]
         rows.append([curve["label"], *cells, ", ".join(gone) or "-"])
-    return f"## Best final loss\n\n{table(head, rows)}"
+    return table(head, rows)
 
 
 def _basin_section(summary: Summary) -> str:
-    if summary["best_loss"] is None:
+    known = [setting for setting in summary["settings"] if setting["best_loss"] is not None]
+    if not known:
         return ""
-    fractions = list(summary["curves"][0]["basins"])
+    words = " and ".join(known[0]["curves"][0]["basins"])
+    where = "in the same setting" if several_settings(summary) else "here"
+    text = (
+        f"Basin width: decades of learning rate over which the final loss is within {words} of the best that "
+        f"any method reached {where}. Between grid points the loss is interpolated linearly in "
+        "the logarithm of the learning rate; towards a learning rate that diverged nothing is interpolated, "
+        "the basin ends at the last good grid point. ≥: it reaches an end of the grid or a run that is "
+        "missing; -: no run has ended. Robustness: the largest regret (final loss minus the method's own "
+        "best) within a decade of the method's best learning rate, above or below (≥: the grid has no point "
+        "a decade away on one side, or a hole before); regret at 10 and 30 times the best (-: not in "
+        "the grid)."
+    )
+    return f"## Robustness to the learning rate\n\n{text}\n\n{per_setting(summary, _robustness_table)}"
+
+
+def _robustness_table(setting: Setting) -> str:
+    if setting["best_loss"] is None:
+        return "No run has ended with a finite loss."
+    basins = setting["curves"][0]["basins"]
     head = (
         "method",
-        *(f"basin, {fraction} (decades)" for fraction in fractions),
+        *(f"basin, {fraction} (decades)" for fraction in basins),
         "robustness: largest regret within a decade",
         "regret at 10x",
         "at 30x",
@@ -104,30 +145,21 @@ def _basin_section(summary: Summary) -> str:
     rows = [
         [
             curve["label"],
-            *(_basin(curve["basins"][fraction]) for fraction in fractions),
+            *(_basin(found) for found in curve["basins"].values()),
             _robustness(curve["robustness"]),
             *(loss(value) for value in curve["regret_at_factor"].values()),
         ]
-        for curve in summary["curves"]
+        for curve in setting["curves"]
     ]
-    best = summary["best_loss"]
-    limits = {f: curve["threshold"] for f, curve in summary["curves"][0]["basins"].items()}
-    words = " and ".join(f"{fraction} ({loss(limit)})" for fraction, limit in limits.items())
-    text = (
-        f"Basin width: decades of learning rate over which the final loss is within {words} of the best that "
-        f"any method reached here, {loss(best)}. Between grid points the loss is interpolated linearly in "
-        "the logarithm of the learning rate; towards a learning rate that diverged nothing is interpolated, "
-        "the basin ends at the last good grid point. ≥: it reaches an end of the grid or a run that is "
-        "missing. Robustness: the largest regret (final loss minus the method's own best) within a decade of "
-        "the method's best learning rate, above or below (≥: the grid has no point a decade away on one "
-        "side, or a hole before); regret at 10 and 30 times the best (-: not in the grid)."
+    limits = ", ".join(
+        f"{fraction} above it {loss(found['threshold'])}" for fraction, found in basins.items()
     )
-    parts = ["## Robustness to the learning rate", text, table(head, rows), _momo_gains(summary)]
-    return "\n\n".join(filter(None, parts))
+    best = f"Best of any method: {loss(setting['best_loss'])}; {limits}."
+    return "\n\n".join(filter(None, [best, table(head, rows), _momo_gains(setting)]))
 
 
-def _momo_gains(summary: Summary) -> str:
-    gains = summary["momo_gains"]
+def _momo_gains(setting: Setting) -> str:
+    gains = setting["momo_gains"]
     if not gains:
         return ""
     fractions = list(gains[0]["gains"])
@@ -136,15 +168,18 @@ def _momo_gains(summary: Summary) -> str:
 
 
 def _gain(found: Mapping[str, Any]) -> str:
+    if found["decades"] is None:
+        return "-"
     sign = "≥ " * found["at_least"] + "≤ " * found["at_most"]
     return f"{sign}{found['decades']:+.2f}{' (both cut off)' * found['cut_off']}"
 
 
 def _basin(found: Mapping[str, Any]) -> str:
+    width = decades(found["decades"], found["at_least"])
     if not found["learning_rates"]:
-        return "0.00"
+        return width
     where = ", ".join(f"{low:.2g} to {high:.2g}" for low, high in found["learning_rates"])
-    return f"{decades(found['decades'], found['at_least'])} ({where})"
+    return f"{width} ({where})"
 
 
 def _robustness(found: Mapping[str, Any]) -> str:
@@ -162,13 +197,19 @@ def _regret_section(summary: Summary) -> str:
 
 
 def _by_rate(summary: Summary, title: str, cell: Callable[[Mapping[str, Any]], str]) -> str:
-    curves = summary["curves"]
+    def of_setting(setting: Setting) -> str:
+        return _rates_table(setting["curves"], cell)
+
+    return f"## {title}\n\n{per_setting(summary, of_setting)}"
+
+
+def _rates_table(curves: Sequence[Mapping[str, Any]], cell: Callable[[Mapping[str, Any]], str]) -> str:
     rates = sorted({point["learning_rate"] for curve in curves for point in curve["points"]})
     rows = []
     for curve in curves:
         points = {point["learning_rate"]: point for point in curve["points"]}
         rows.append([curve["label"], *(cell(points[value]) if value in points else "" for value in rates)])
-    return f"## {title}\n\n{table(['method', *map(rate, rates)], rows)}"
+    return table(["method", *map(rate, rates)], rows)
 
 
 def _point(point: Mapping[str, Any]) -> str:
@@ -184,27 +225,31 @@ def _point(point: Mapping[str, Any]) -> str:
 
 
 def _target_section(summary: Summary) -> str:
-    if not summary["targets"]:
-        return ""
+    tables = per_setting(summary, _target_tables)
     text = (
         "At each method's best learning rate: the first evaluation along the way at or below the target, "
         "mean over the seeds that reach it. Seconds are that part of the training time, without start-up, as "
         "measured: runs side by side share the machine."
     )
-    parts = [f"## Time to a target loss\n\n{text}"]
-    for target in summary["targets"]:
-        head = ("method", f"seeds that reach {target['loss']:g}", "steps", "seconds")
-        rows = [
-            [
-                way["label"],
-                f"{way['reached']} of {way['seeds']}",
-                number(way["steps"]),
-                number(way["seconds"]),
-            ]
-            for way in target["curves"]
+    return f"## Time to a target loss\n\n{text}\n\n{tables}" if tables else ""
+
+
+def _target_tables(setting: Setting) -> str:
+    return "\n\n".join(_target_table(target) for target in setting["targets"] if target["curves"])
+
+
+def _target_table(target: Mapping[str, Any]) -> str:
+    head = ("method", f"seeds that reach {target['loss']:g}", "steps", "seconds")
+    rows = [
+        [
+            way["label"],
+            f"{way['reached']} of {way['seeds']}",
+            number(way["steps"]),
+            number(way["seconds"]),
         ]
-        parts.append(table(head, rows))
-    return "\n\n".join(parts)
+        for way in target["curves"]
+    ]
+    return table(head, rows)
 
 
 # --------------------------------------------------------------------------------------- provenance

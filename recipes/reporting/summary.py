@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from reporting import comparisons, measures
-from reporting.curves import Curve, Point, build_curves
+from reporting.curves import Curve, Point, build_curves, by_setting, lowest_loss
+from reporting.lower_bounds import lower_bound
 from sweeping.study import Result
 from sweeping.suite import Suite
 from training.drawing import series
 
 FINISHED = ("done", "diverged")
 STATES = (*FINISHED, "failed", "running", "waiting")
-FRACTIONS = (0.05, 0.10)  # above the suite's best: how far down the basin reaches
+FRACTIONS = (0.05, 0.10)  # above the best of the setting: how far down the basin reaches
 FACTORS = (10, 30)  # times a best learning rate
 TARGET_DIGITS = 2
 
@@ -22,22 +23,31 @@ def summarise(suite: Suite, results: Sequence[Result]) -> tuple[dict[str, Any], 
     """Return everything numeric in the report, as JSON can hold it, and the curves to draw."""
     wanted = suite.wanted(results)
     curves = build_curves(wanted, results)
-    best = min((curve.best.loss for curve in curves if curve.best), default=None)
-    rows = [_curve(curve, best) for curve in curves]
     summary = {
         "suite": _suite(suite),
         "ran": _ran(curves, results),
+        "settings": [_setting(suite, name, members) for name, members in by_setting(curves).items()],
+        "batch_size": comparisons.batch_size(curves),
+        "runs": [_run(result) for result in results],
+    }
+    return summary, curves
+
+
+def _setting(suite: Suite, name: str, curves: Sequence[Curve]) -> dict[str, Any]:
+    """Describe the runs that are comparable: those of one setting."""
+    best = lowest_loss(curves)
+    rows = [_curve(curve, best) for curve in curves]
+    return {
+        "name": name,
+        "options": dict(curves[0].options),
         "best_loss": best,
         "curves": rows,
         "momo_gains": comparisons.momo_gains(rows),
         "targets": _targets(suite, curves),
         "paper": comparisons.paper(suite.report, curves),
         "variants": comparisons.variants(curves),
-        "lower_bound": comparisons.lower_bound(curves, best),
-        "batch_size": comparisons.batch_size(curves),
-        "runs": [_run(result) for result in results],
+        "lower_bound": lower_bound(curves),
     }
-    return summary, curves
 
 
 def _suite(suite: Suite) -> dict[str, Any]:
@@ -62,16 +72,15 @@ def _run(result: Result) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ curves
 
 
-def _curve(curve: Curve, suite_best: float | None) -> dict[str, Any]:
+def _curve(curve: Curve, best: float | None) -> dict[str, Any]:
     worst, at_least = measures.robustness(curve.rates, curve.losses)
     regrets = measures.regret(curve.losses)
     return {
         "label": curve.label,
         "method": curve.method,
         "method_options": dict(curve.method_options),
-        "options": dict(curve.options),
         "best": _point(curve.best) if curve.best else None,
-        "basins": {} if suite_best is None else {f"{f:.0%}": _basin(curve, suite_best, f) for f in FRACTIONS},
+        "basins": {} if best is None else {f"{f:.0%}": _basin(curve, best, f) for f in FRACTIONS},
         "robustness": {"regret": worst, "at_least": at_least},
         "regret_at_factor": {str(factor): _regret_at(curve, factor) for factor in FACTORS},
         "points": [
@@ -96,12 +105,14 @@ def _point(point: Point) -> dict[str, Any]:
     }
 
 
-def _basin(curve: Curve, suite_best: float, fraction: float) -> dict[str, Any]:
-    threshold = measures.within(suite_best, fraction)
+def _basin(curve: Curve, best: float, fraction: float) -> dict[str, Any]:
+    """Describe the basin; a curve of which no run has ended has one of unknown width."""
+    threshold = measures.within(best, fraction)
     found = measures.basin(curve.rates, curve.losses, threshold)
+    known = any(value is not None for value in curve.losses)
     return {
         "threshold": threshold,
-        "decades": found.width,
+        "decades": found.width if known else None,
         "at_least": found.at_least,
         "learning_rates": [list(interval) for interval in found.intervals],
     }
