@@ -35,7 +35,7 @@ from hf_noneuclid.trainer import find_optimizer
 
 SAVED = STEPS // 2
 MOMO = [method for method in METHODS if method.endswith("momo")]
-STALE = {"nuclear_norm": "stale", "loss_lower_bound": "auto"}
+STALE = {"nuclear_norm": "stale", "loss_lower_bound": "auto", "lower_bound_fraction": 0.5}
 
 
 class Witness(TrainerCallback):
