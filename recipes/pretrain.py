@@ -7,49 +7,37 @@ With no arguments a small GPT-2 trains on the embedded corpus with MuonMax-Momo;
 minutes.
 """
 
-import math
-import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, set_seed
+from transformers import PretrainedConfig, Trainer, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
 
+from publishing.checks import check_hub
+from publishing.model import push
 from training.corpus import load_corpus
 from training.model import load_config, load_model, load_tokenizer
-from training.options import DataArguments, InputError, ModelArguments, RecipeArguments, parse, read_config
+from training.options import ARGUMENT_TYPES, DataArguments, InputError, ModelArguments, RecipeArguments
 from training.packing import Data, collate, pack, pack_lazily, spread
 from training.results import (
     block_losses,
     collect_metrics,
-    count_parameters,
     plot_curves,
     sample,
     summarise,
     write_metrics,
 )
 from training.run_folder import delete_run, find_checkpoint
-
-EXIT_BAD_INPUT, EXIT_DIVERGED = 2, 3
-DIVERGED = "in a row had a NaN or infinite"  # hf_noneuclid's word for a run that cannot go on
+from training.running import RecipeTrainer, check_optimizer, first_bad_step, save_model, start, train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the recipe; `argv` is by default the command line of the process."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = parse(argv)
-    try:
-        run(*options, invocation={"command": argv, "config": read_config(argv)})
-    except InputError as error:
-        stop(f"error: {error}", EXIT_BAD_INPUT)
-    if dist.is_initialized():  # not before the Trainer is gone: destroying its DDP model afterwards can hang
-        dist.destroy_process_group()
+    start("pretrain.py", argv, ARGUMENT_TYPES, run)
 
 
 def run(
@@ -64,6 +52,7 @@ def run(
         invocation: how the recipe was called, for metrics.json.
     """
     checkpoint = find_checkpoint(args)
+    check_hub(args)
     set_seed(args.seed)
     with args.main_process_first(desc="preparing the data"):
         data, config = prepare(model_args, data_args, args)
@@ -71,7 +60,7 @@ def run(
     check_optimizer(args, model)
     show_log()  # not before: the check above routes the parameters, too
 
-    trainer = PretrainingTrainer(
+    trainer = RecipeTrainer(
         model=model,
         args=args,
         train_dataset=data.train.dataset,
@@ -85,16 +74,17 @@ def run(
         delete_run(Path(args.output_dir))
     trainer.accelerator.wait_for_everyone()
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     train(trainer, checkpoint, invocation)
     final = trainer.evaluate(data.validation.dataset, metric_key_prefix="final")
-    seconds = round(time.perf_counter() - start, 1)
+    seconds = round(time.perf_counter() - began, 1)
     save_model(trainer)
     if trainer.is_world_process_zero():
         options = {**vars(model_args), **vars(data_args), **args.changed()}
         facts = {"seconds": seconds, "resumed_from": checkpoint, **invocation, "options": options}
         write_results(trainer, data, final, facts)
     trainer.accelerator.wait_for_everyone()
+    push(Path(args.output_dir), args)
 
 
 def prepare(
@@ -109,33 +99,7 @@ def prepare(
     config = load_config(model_args, tokenizer, block_size)
     train_blocks = pack_lazily(corpus.train, tokenizer, block_size)
     validation = pack(corpus.validation, tokenizer, block_size, data_args.max_validation_blocks)
-    return Data(corpus.name, tokenizer, train_blocks, validation), config
-
-
-def train(trainer: Trainer, checkpoint: str | None, invocation: dict[str, Any]) -> None:
-    """Train; a run that diverges leaves a metrics.json that says so, and ends the process."""
-    if trainer.is_world_process_zero():
-        parameters = count_parameters(trainer.model)
-        print(f"{parameters:,} parameters, vocabulary of {len(trainer.processing_class):,}")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except RuntimeError as error:
-        if DIVERGED not in str(error):
-            raise
-        if trainer.is_world_process_zero():
-            folder, reason = Path(trainer.args.output_dir), str(error)
-            step = re.search(r"the first of them step (\d+)", reason)
-            outcome = {"eval_loss": None, "diverged": True, "diverged_at": step and int(step[1])}
-            write_metrics(folder / "history.json", trainer.state.log_history)
-            write_metrics(folder / "metrics.json", {**outcome, "reason": reason, **invocation})
-        stop(f"diverged: {error}", EXIT_DIVERGED)
-
-
-def save_model(trainer: Trainer) -> None:
-    """Write the model and the tokenizer as from_pretrained wants them, on any engine."""
-    if trainer.is_fsdp_enabled:  # its checkpoints are shards, which from_pretrained cannot load
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    return Data(corpus.name, tokenizer, train_blocks, validation, corpus.license), config
 
 
 def write_results(trainer: Trainer, data: Data, final: dict[str, float], facts: dict[str, Any]) -> None:
@@ -152,45 +116,6 @@ def write_results(trainer: Trainer, data: Data, final: dict[str, float], facts: 
         prompt = args.prompt or data.tokenizer.decode(data.validation.dataset[0]["input_ids"][:8])
         print(f"\nSample, from {prompt!r} on:\n{sample(folder, prompt, args)}\n")
     print(f"Validation loss {final['final_loss']:.4f}, perplexity {final['final_perplexity']:.2f}: {folder}")
-
-
-def first_bad_step(history: list[dict[str, Any]]) -> int | None:
-    """Return the first step at which a NaN or infinite loss was logged, None if there is none."""
-    rows = (row for row in history if not math.isfinite(row.get("loss", row.get("eval_loss", 0.0))))
-    return next((row["step"] for row in rows), None)
-
-
-def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
-    """Build the optimizer and throw it away: a wrong option should stop the run before a file is written.
-
-    Raises:
-        InputError: an option is unknown or out of range, or the method finds nothing to train in the model.
-    """
-    try:
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if "params" in options:  # one of ours; it allocates no state before its first step
-            optimizer_class(**options)
-    except ValueError as error:
-        raise InputError(f"--optim {args.optim.value}: {error}") from error
-
-
-def stop(message: str, code: int) -> None:
-    """End the process with a message in place of a traceback."""
-    print(f"pretrain.py: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-class PretrainingTrainer(Trainer):
-    """The Trainer with the paper's schedule."""
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make warmup_stable_decay constant, then linear down to a tenth, unless its options differ."""
-        if self.args.lr_scheduler_type == "warmup_stable_decay":
-            decay = round(self.args.decay_fraction * num_training_steps)
-            decay = min(decay, num_training_steps - self.args.get_warmup_steps(num_training_steps))
-            paper = {"num_decay_steps": decay, "decay_type": "linear", "min_lr_ratio": 0.1}
-            self.args.lr_scheduler_kwargs = {**paper, **(self.args.lr_scheduler_kwargs or {})}
-        return super().create_scheduler(num_training_steps, optimizer)
 
 
 if __name__ == "__main__":

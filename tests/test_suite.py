@@ -260,12 +260,6 @@ def test_what_does_not_exist_is_refused_in_words(tmp_path, changes, message):
     assert message in str(caught.value)
 
 
-def test_a_recipe_that_is_not_there_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(suite_checks, "FOLDER", tmp_path)
-    with pytest.raises(InputError, match=r"there is no recipe .*pretrain\.py"):
-        suite_checks.check_suite(load(tmp_path), 1)
-
-
 def test_an_unknown_suite_names_the_known_ones():
     with pytest.raises(
         InputError, match="unknown suite 'maxi': give one of batch_size, gpu, lower_bound, mini"

@@ -21,6 +21,7 @@ from training.model import load_config
 from training.options import DataArguments, ModelArguments, RecipeArguments
 
 FLOPS = 6  # a parameter and token: forward 2, backward 4; attention and polar factors are left out
+COUNTED = "pretrain"  # the recipe whose models are known before anything is loaded
 ADAM_BYTES = 8  # a parameter: two float32 moments
 
 
@@ -70,12 +71,18 @@ def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
     """
     check_suite(suite, launch.processes)
     first, possible = suite.runs(), suite.possible_runs()
-    costs = {run: cost_of(recipe_flags(suite, run, launch.processes), launch) for run in possible}
+    costs = {
+        run: cost_of(recipe_flags(suite, run, launch.processes), launch)
+        for run in possible
+        if suite.recipe == COUNTED
+    }
     for run in possible:
         flags = as_arguments(recipe_flags(suite, run, launch.processes))
         command = [*launcher(suite, launch), *flags, f"--output_dir={run_folder(folder, run)}"]
         where = f"{run.label}, learning rate {run.learning_rate:g}, seed {run.seed}"
-        print(f"# {where}: {_words(costs[run], flops)}")
+        print(
+            f"# {where}: {_words(costs[run], flops) if costs else 'costs are worked out for pretrain only'}"
+        )
         print(shlex.join(command))
     later = (
         ""
@@ -83,6 +90,8 @@ def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
         else (f" in the first pass; with further seeds near the best learning rates at most {len(possible)}")
     )
     print(f"# {len(first)} runs{later}")
+    if not costs:
+        return
     print(f"# {_total([costs[run] for run in first], flops)}")
     print(
         f"# Assumed: {flops:.3g} FLOP/s of a GPU, {FLOPS} operations a parameter and token. Memory is "

@@ -10,12 +10,14 @@ from transformers.training_args import OptimizerNames
 
 from hf_noneuclid.methods import FREE_METHOD, METHODS, all_names, parse_options, resolve
 
+from finetuning import finetune_options
 from sweeping.execution import FOLDER, as_arguments, recipe_flags
 from sweeping.suite import Suite
+from training import options
 from training.errors import InputError
-from training.options import ARGUMENT_TYPES
 
-FILES = ("train_files", "validation_files")
+FILES = ("train_files", "validation_files", "old_domain_files")
+ARGUMENT_TYPES = {"pretrain": options.ARGUMENT_TYPES, "finetune": finetune_options.ARGUMENT_TYPES}
 
 
 def check_suite(suite: Suite, processes: int) -> None:
@@ -29,9 +31,7 @@ def check_suite(suite: Suite, processes: int) -> None:
         InputError: the recipe, a method, an option or a file is unknown, or a value of the wrong kind.
     """
     script = FOLDER / f"{suite.recipe}.py"
-    if not script.is_file():
-        raise InputError(f"suite {suite.name}: there is no recipe {script}")
-    parser = _Parser(ARGUMENT_TYPES, prog=script.name, allow_abbrev=False)
+    parser = _Parser(ARGUMENT_TYPES[suite.recipe], prog=script.name, allow_abbrev=False)
     known = {action.dest for action in parser._actions}
     for run in suite.runs():
         where = f"suite {suite.name}, {run.label}"

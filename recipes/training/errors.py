@@ -3,3 +3,11 @@
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what and what to do."""
+
+
+class DivergedError(RuntimeError):
+    """The training cannot go on: loss or gradients stay NaN or infinite."""
+
+
+class PushError(RuntimeError):
+    """Results are on disk but not on the Hub; the message says how to push them later."""

@@ -96,7 +96,7 @@ def load_config(
         raise
     except Exception as error:  # the Hub, the network, and each configuration's own validation
         raise InputError(f"cannot build the configuration {name or args.model_type}: {error}") from error
-    _check_sizes(config, tokenizer, block_size)
+    check_sizes(config, tokenizer, block_size)
     return config
 
 
@@ -157,7 +157,12 @@ def _check_known(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
         )
 
 
-def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+def check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+    """Check that the model has a row for every token, and a position for every token of a sequence.
+
+    Raises:
+        InputError: it has not.
+    """
     text_config = config.get_text_config()
     if len(tokenizer) > text_config.vocab_size:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The options of the pre-training recipe: where they come from and what makes sense together.
+"""The options of the recipes: where they come from and what makes sense together.
 
 The defaults below hold unless the file given with `--config` overrides them, or the command line either.
 """
@@ -15,6 +15,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from training.errors import InputError
+from training.hub_options import HubArguments
+from training.secrets import scrub
 
 
 @dataclass
@@ -125,7 +127,7 @@ class DataArguments:
 
 
 @dataclass
-class RecipeArguments(TrainingArguments):
+class RecipeArguments(HubArguments, TrainingArguments):
     """The Trainer's own arguments with the recipe's defaults, and what the recipe adds to them."""
 
     output_dir: str | None = field(
@@ -225,16 +227,23 @@ class _Parser(HfArgumentParser):
     """The Trainer's usage text is several pages: an error is one message."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists every option)\n")
+        self.exit(2, f"{self.prog}: error: {scrub(message)} (--help lists every option)\n")
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
+def parse(
+    argv: Sequence[str], argument_types: Sequence[type] = ARGUMENT_TYPES, recipe: str = "pretrain.py"
+) -> tuple[Any, ...]:
     """Parse the command line, on top of the YAML file it may name with `--config`.
+
+    Args:
+        argv: the command line.
+        argument_types: dataclasses; one instance of each is returned.
+        recipe: name of the script, for messages where the process has none.
 
     Raises:
         SystemExit: an unknown option or a value that cannot be used; the message says which.
     """
-    parser = _Parser(ARGUMENT_TYPES, prog=Path(sys.argv[0]).name or "pretrain.py", allow_abbrev=False)
+    parser = _Parser(argument_types, prog=Path(sys.argv[0]).name or recipe, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="Defaults that the command line overrides.")
     config = read_config(argv, parser)
     try:

@@ -39,12 +39,13 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """What a model is trained and evaluated on; `name` is the corpus."""
+    """What a model is trained and evaluated on; `name` and `license` are the corpus's."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     train: Blocks
     validation: Blocks
+    license: str | None = None
 
 
 def pack(

@@ -20,6 +20,7 @@ from training.files import finite, write_whole
 from training.hardware import describe_hardware
 from training.options import RecipeArguments
 from training.packing import Data
+from training.secrets import scrub
 
 PACKAGES = ("hf_noneuclid", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -58,39 +59,52 @@ def collect_metrics(trainer: Trainer, final_loss: float, data: Data) -> dict[str
         `eval_loss` and what follows from it are over all of the validation part, at the end. The losses along
         the way are over the evenly spread blocks evaluated while training, so they may lie above or below.
     """
-    validation = data.validation
-    history, steps = trainer.state.log_history, trainer.state.global_step
+    validation, block_size = data.validation, len(data.validation.dataset[0]["input_ids"])
+    return {
+        **describe_run(trainer, final_loss),
+        "perplexity": perplexity(final_loss),
+        "bits_per_byte": final_loss / math.log(2) * validation.tokens / validation.utf8_bytes,
+        "tokens": trainer.state.global_step * trainer.args.sequences_per_step * block_size,
+        "corpus": describe_corpus(data),
+    }
+
+
+def describe_run(trainer: Trainer, final_loss: float) -> dict[str, Any]:
+    """Return what is known of any finished run: losses, steps, parameters, hardware, versions."""
+    history = trainer.state.log_history
     train_losses = series(history, "loss")[1]
     along = [
         (loss, step) for step, loss in zip(*series(history, "eval_loss"), strict=True) if math.isfinite(loss)
     ]
     best_loss, best_step = min(along, default=(None, None))
-    block_size = len(validation.dataset[0]["input_ids"])
     return {
         "eval_loss": final_loss,
-        "perplexity": perplexity(final_loss),
-        "bits_per_byte": final_loss / math.log(2) * validation.tokens / validation.utf8_bytes,
         "eval_loss_along_the_way": along[-1][0] if along else None,
         "best_eval_loss_along_the_way": best_loss,
         "best_eval_step": best_step,
         "train_loss": train_losses[-1] if train_losses else None,
         "diverged": not math.isfinite(final_loss),
-        "steps": steps,
-        "tokens": steps * trainer.args.sequences_per_step * block_size,
+        "steps": trainer.state.global_step,
         "parameters": count_parameters(trainer.model),
-        "corpus": {
-            "name": data.name,
-            "train_sha256": data.train.sha256,
-            "train_tokens": data.train.tokens,
-            "validation_sha256": validation.sha256,
-            "validation_tokens": validation.tokens,
-            "validation_blocks": len(validation.dataset),
-        },
         "hardware": {**describe_hardware(trainer.args.device), "processes": trainer.args.world_size},
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in PACKAGES},
         },
+    }
+
+
+def describe_corpus(data: Data) -> dict[str, Any]:
+    """Return what tells one corpus from another: its name, hashes of its parts, and their sizes."""
+    train, validation = data.train, data.validation
+    return {
+        "name": data.name,
+        "license": data.license,
+        "train_sha256": train.sha256,
+        "train_tokens": train.tokens,
+        "validation_sha256": validation.sha256,
+        "validation_tokens": validation.tokens,
+        "validation_blocks": len(validation.dataset),
     }
 
 
@@ -118,7 +132,7 @@ def sample(folder: Path, prompt: str, args: RecipeArguments) -> str:
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     """Write metrics as JSON, whole or not at all; a NaN or infinity becomes null, which JSON has."""
-    text = json.dumps(finite(metrics), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(scrub(metrics)), indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -10,8 +10,8 @@ from training.options import InputError, RecipeArguments
 
 # What a run writes. A folder with one of these holds a run.
 RUN_FILES = (
-    *("checkpoint-*", "metrics.json", "history.json", "curves.png", "config.json"),
-    "model*.safetensors*",
+    *("checkpoint-*", "metrics.json", "history.json", "curves.png", "config.json", "hub_origin.json"),
+    *("model*.safetensors*", "adapter_*"),
 )
 
 
@@ -45,6 +45,7 @@ def delete_run(folder: Path) -> None:
     """Delete a run: an old checkpoint with a higher step would be taken for this one's last."""
     for path in run_files(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "README.md").unlink(missing_ok=True)  # its card is not the next one's
 
 
 def _resolve(folder: Path, wanted: str, max_steps: int) -> Path:

@@ -1,0 +1,142 @@
+"""Fine-tune a pretrained language model with non-Euclidean gradient descent.
+
+    python recipes/finetune.py
+    python recipes/finetune.py --task causal_lm --model_name_or_path HuggingFaceTB/SmolLM2-135M \
+        --dataset_name tatsu-lab/alpaca --prompt_column instruction --response_column output --lora_rank 8
+    python recipes/finetune.py --task classification --train_files reviews.csv --label_column stars
+
+With no arguments the model of pretrain.py, made if it is not there, goes on to the docstrings of the
+installed torch and transformers, and then learns to tell which of the two an unseen docstring comes from.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
+
+from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
+
+from finetuning.before_after import AFTER, BEFORE, EvaluateFirst, evaluate, recall, table
+from finetuning.default_run import run_default
+from finetuning.finetune_options import (
+    ARGUMENT_TYPES,
+    FinetuneArguments,
+    FinetuneDataArguments,
+    FinetuneModelArguments,
+)
+from finetuning.presets import apply_preset
+from finetuning.pretrained import add_adapters, load_model, load_tokenizer, merge
+from finetuning.tasks import Task, prepare
+from publishing.checks import check_hub
+from publishing.model import push
+from training.packing import spread
+from training.results import describe_corpus, describe_run, plot_curves, sample, write_metrics
+from training.run_folder import delete_run, find_checkpoint
+from training.running import RecipeTrainer, check_optimizer, first_bad_step, save_model, start, train
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the recipe; `argv` is by default the command line of the process."""
+    start("finetune.py", argv, ARGUMENT_TYPES, run)
+
+
+def run(
+    model_args: FinetuneModelArguments,
+    data_args: FinetuneDataArguments,
+    args: FinetuneArguments,
+    invocation: dict[str, Any],
+) -> None:
+    """Prepare data and model, train, evaluate before and after, and write the results.
+
+    Args:
+        model_args: which model, and which of its weights are trained.
+        data_args: which task and data.
+        args: how to train.
+        invocation: how the recipe was called, for metrics.json.
+    """
+    if data_args.task is None:
+        run_default(invocation["command"], model_args, args)
+        return
+    apply_preset(model_args, args)
+    checkpoint = find_checkpoint(args)
+    check_hub(args)
+    set_seed(args.seed)
+    with args.main_process_first(desc="preparing the data"):
+        tokenizer = load_tokenizer(model_args)
+        task = prepare(data_args, tokenizer)
+    model = load_model(model_args, tokenizer, data_args.block_size, task.names)
+    if model_args.lora_rank:
+        model = add_adapters(model, model_args, task.names is not None)
+    check_optimizer(args, model)
+    show_log()  # not before: the check above routes the parameters, too
+    trainer = make_trainer(model, task, data_args, args)
+
+    began = time.perf_counter()
+    train(trainer, checkpoint, invocation)
+    after = evaluate(trainer, task, AFTER)
+    seconds = round(time.perf_counter() - began, 1)
+    save_model(trainer)
+    if trainer.is_world_process_zero():
+        unset_hf_deepspeed_config()  # ZeRO-3 would partition a model loaded here, and wait for other ranks
+        if model_args.merges:
+            base = load_model(model_args, tokenizer, data_args.block_size, task.names)
+            merge(Path(args.output_dir), base)
+        options = {**vars(model_args), **vars(data_args), **args.changed()}
+        facts = {"seconds": seconds, "resumed_from": checkpoint, **invocation, "options": options}
+        write_results(trainer, task, after, facts)
+    trainer.accelerator.wait_for_everyone()
+    push(Path(args.output_dir), args)
+
+
+def make_trainer(
+    model: PreTrainedModel, task: Task, data_args: FinetuneDataArguments, args: FinetuneArguments
+) -> Trainer:
+    """Return the Trainer, which evaluates before it trains; an old run is deleted if so asked."""
+    args.label_names = ["labels"]  # which the Trainer does not find out for a model with adapters
+    trainer = RecipeTrainer(
+        model=model,
+        args=args,
+        train_dataset=task.data.train.dataset,
+        eval_dataset=spread(task.data.validation.dataset, data_args.eval_blocks),
+        processing_class=task.data.tokenizer,
+        data_collator=task.collator,
+        preprocess_logits_for_metrics=task.reduce,
+        compute_metrics=task.summarise,
+    )
+    trainer.add_callback(EvaluateFirst(lambda: evaluate(trainer, task, BEFORE)))
+    if trainer.is_world_process_zero() and args.overwrite_output_dir:
+        delete_run(Path(args.output_dir))
+    trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+def write_results(trainer: Trainer, task: Task, after: dict[str, float], facts: dict[str, Any]) -> None:
+    """Write metrics.json, history.json and curves.png, and print a sample and the metrics."""
+    args, folder, history = trainer.args, Path(trainer.args.output_dir), trainer.state.log_history
+    before, metrics = recall(history, BEFORE), describe_run(trainer, after["loss"])
+    if metrics["diverged"]:
+        metrics["diverged_at"] = first_bad_step(history)
+    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    more = {
+        **{name: value for name, value in after.items() if name != "loss"},
+        "before": before,
+        "after": after,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "trained_parameters": trained,
+        "corpus": describe_corpus(task.data),
+        **({"classes": task.names} if task.names else {}),
+    }
+    write_metrics(folder / "history.json", history)
+    write_metrics(folder / "metrics.json", {**metrics, **more, **facts})
+    plot_curves(folder / "curves.png", history)
+    if task.prompt is not None and args.sample_tokens > 0 and not metrics["diverged"]:
+        prompt = args.prompt or task.prompt
+        print(f"\nSample, from {prompt!r} on:\n{sample(folder, prompt, args)}\n")
+    print(f"{table(before, after)}\n{folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,501 @@
+"""The fine-tuning recipe: what is learnt of what, what it leaves behind, and what it refuses."""
+
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import datasets
+import finetune
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from finetuning import causal, default_run, docstrings, presets
+from finetuning.class_metrics import AccuracyAndMacroF1
+from finetuning.finetune_options import ARGUMENT_TYPES
+from sweeping.execution import as_arguments, recipe_flags
+from sweeping.suite import load_suite
+from training.model import train_tokenizer
+from training.options import parse
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+QUICK = [
+    *("--use_cpu=true", "--max_steps=2", "--block_size=48", "--sample_tokens=0", "--logging_steps=1"),
+    *("--per_device_train_batch_size=4", "--eval_steps=0.999", "--eval_blocks=4"),
+]
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    words = "the king said unto his people that they shall ask and he shall answer them with what he knows"
+    return train_tokenizer([words] * 20, 300, 64)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer):
+    """A folder with a GPT-2 of one layer and its tokenizer, as pretrain.py leaves them."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    GPT2LMHeadModel(GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    rows = [{"ask": f"say {i}", "answer": f"the king said {i} unto them" * (i % 3 + 1)} for i in range(30)]
+    return write_rows(tmp_path / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    rows = [{"text": f"{i} the people shall ask the king and he shall answer"} for i in range(80)]
+    return write_rows(tmp_path / "texts.jsonl", rows)
+
+
+@pytest.fixture
+def classes(tmp_path):
+    rows = [
+        {"text": f"{'king' if i % 3 else 'people'} number {i}", "label": "ab"[i % 3 > 0]} for i in range(60)
+    ]
+    return write_rows(tmp_path / "classes.jsonl", rows)
+
+
+def train(folder, base, task, *flags):
+    names = [f"--task={task}", f"--model_name_or_path={base}", f"--output_dir={folder}"]
+    finetune.main([*QUICK, *names, *flags])
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+PROMPTS = ["--prompt_column=ask", "--response_column=answer"]
+
+
+def response_loss(model, tokenizer, rows, block_size):
+    """Mean of -log p over the tokens of the responses alone, one row after the other."""
+    losses = []
+    for row in rows:
+        given = tokenizer(row["ask"] + "\n")["input_ids"]
+        ids = (given + tokenizer(row["answer"])["input_ids"] + [tokenizer.eos_token_id])[:block_size]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double()
+        losses += cross_entropy(
+            logits[len(given) - 1 : -1], torch.tensor(ids[len(given) :]), reduction="none"
+        ).tolist()
+    return sum(losses) / len(losses)
+
+
+# ---------------------------------------------------------------- causal language models
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_the_loss_is_of_the_responses_alone_before_and_after(tmp_path, base, pairs, packing):
+    flags = [*PROMPTS, f"--train_files={pairs}", f"--validation_files={pairs}", f"--packing={packing}"]
+    metrics = train(tmp_path / "out", base, "causal_lm", *flags)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    for moment, folder in (("before", base), ("after", tmp_path / "out")):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        expected = response_loss(model, tokenizer, rows, 48)
+        assert metrics[moment]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["eval_loss"] == metrics["after"]["loss"] < metrics["before"]["loss"]
+    assert metrics["tokens"] > 0
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "history.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_packed_examples_do_not_see_each_other(kind):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=32, vocab_size=50))
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50))
+    model.eval()
+    examples = [
+        causal.Example(torch.randint(50, (n,)).tolist(), given) for n, given in ((7, 3), (5, 1), (9, 2))
+    ]
+    packed = causal.pack_examples(examples, 16, 0)
+    assert [len(row["input_ids"]) for row in packed] == [16, 16]
+    alone = causal.pad_nothing(examples, 16, 0)
+    with torch.no_grad():
+        losses = []
+        for rows in (packed, alone):
+            batch = causal.Collator(0)(rows)
+            labels = batch.pop("labels")
+            # As the Trainer does: with a cache transformers takes positions for those of one sequence.
+            logits = model(**batch, use_cache=False).logits
+            losses.append(causal.summed_losses(logits, labels).sum(dim=0))
+    assert torch.allclose(losses[0], losses[1], rtol=1e-5)
+    assert losses[0][1] == (7 - 3) + (5 - 1) + (9 - 2)
+
+
+def test_nothing_of_an_example_is_lost_in_packing():
+    examples = [causal.Example(list(range(i * 10, i * 10 + n)), 1) for i, n in enumerate((4, 8, 3, 3, 8), 1)]
+    rows = causal.pack_examples(examples, 8, 0)
+    learnt = [label for row in rows for label in row["labels"] if label != causal.IGNORED]
+    assert learnt == [token for example in examples for token in example.ids[1:]]
+    assert all(row["position_ids"][0] == 0 and len(row["input_ids"]) == 8 for row in rows)
+
+
+def test_the_chat_template_is_used_where_there_is_one(tokenizer):
+    plain = causal.render("ask", "answer", tokenizer)
+    assert plain == ("ask\n", "answer")
+    tokenizer.chat_template = CHAT
+    try:
+        asked, answered = causal.render("ask", "answer", tokenizer)
+        tokenizer.chat_template = "{{ messages | length }}"
+        with pytest.raises(ValueError, match="--text_column"):
+            causal.render("ask", "answer", tokenizer)
+    finally:
+        tokenizer.chat_template = None
+    assert asked == "<user>ask</s><assistant>"
+    assert answered == "answer</s>"
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_texts_and_the_old_domain(tmp_path, base, texts, packing):
+    (tmp_path / "old.txt").write_text("the king said unto his people\n" * 20)
+    flags = [f"--train_files={texts}", f"--packing={packing}", f"--old_domain_files={tmp_path / 'old.txt'}"]
+    metrics = train(tmp_path / "out", base, "causal_lm", *flags, "--sample_tokens=3")
+    assert metrics["after"]["old_domain_loss"] != metrics["before"]["old_domain_loss"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    ids = tokenizer((tmp_path / "old.txt").read_text())["input_ids"] + [tokenizer.eos_token_id]
+    blocks = torch.tensor(ids[: len(ids) // 48 * 48]).view(-1, 48)
+    with torch.no_grad():
+        logits = model(blocks).logits
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()).item()
+    assert metrics["before"]["old_domain_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_resumed_run_knows_what_was_before(tmp_path, base, texts):
+    flags = [f"--train_files={texts}", "--max_steps=4", "--save_steps=2"]
+    straight = train(tmp_path / "straight", base, "causal_lm", *flags)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "straight" / "checkpoint-2").rename(tmp_path / "cut" / "checkpoint-2")
+    resumed = train(tmp_path / "cut", base, "causal_lm", *flags, "--resume_from_checkpoint=true")
+    assert resumed["before"] == straight["before"]
+    assert resumed["eval_loss"] == straight["eval_loss"]
+
+
+def test_a_model_in_an_installed_package(tmp_path, base, texts, monkeypatch):
+    shutil.copytree(base, tmp_path / "some_model")
+    (tmp_path / "some_model" / "__init__.py").write_text("raise ImportError('is not imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--task=causal_lm", "--model_package=some_model", f"--train_files={texts}", "--learning_rate=0"]
+    finetune.main([*QUICK, *flags, f"--output_dir={tmp_path / 'out'}"])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["before"] == metrics["after"]
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+def test_lora_trains_adapters_alone_and_can_be_merged(tmp_path, base, texts):
+    flags = [f"--train_files={texts}", "--lora_rank=2", "--lora_target_modules=c_attn"]
+    adapter = train(tmp_path / "adapter", base, "causal_lm", *flags)
+    merged = train(tmp_path / "merged", base, "causal_lm", *flags, "--lora_merge=true")
+    assert adapter["trained_parameters"] == 2 * (16 + 48)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert adapter["eval_loss"] == merged["eval_loss"] < adapter["before"]["loss"]
+    assert not list((tmp_path / "merged").glob("adapter_*"))
+    original = AutoModelForCausalLM.from_pretrained(base)
+    added = PeftModel.from_pretrained(original, str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.allclose(whole[name], added[name], atol=1e-6) for name in whole)
+    start = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    changed = {name for name in start if not torch.equal(start[name], whole[name])}
+    assert changed == {"transformer.h.0.attn.c_attn.weight"}
+
+
+# ---------------------------------------------------------------- classification
+
+
+def test_accuracy_and_macro_f1_by_hand():
+    found = AccuracyAndMacroF1(keep_in_memory=True).compute(
+        predictions=[0, 0, 1, 1, 1], references=[0, 1, 1, 2, 1]
+    )
+    # Class 0: precision 1/2, recall 1; class 1: precision 2/3, recall 2/3; class 2: never predicted.
+    assert found == pytest.approx({"accuracy": 3 / 5, "macro_f1": (2 / 3 + 2 / 3 + 0) / 3})
+
+
+def test_the_saved_classifier_has_the_reported_metrics(tmp_path, base, classes):
+    flags = [
+        f"--train_files={classes}",
+        f"--validation_files={classes}",
+        "--max_steps=8",
+        "--learning_rate=1e-2",
+    ]
+    metrics = train(tmp_path / "out", base, "classification", *flags)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    right, loss, rows = 0, 0.0, [json.loads(line) for line in Path(classes).read_text().splitlines()]
+    for row in rows:
+        with torch.no_grad():
+            logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0]
+        right += model.config.id2label[logits.argmax().item()] == row["label"]
+        loss -= logits.log_softmax(dim=-1)[model.config.label2id[row["label"]]].item()
+    assert metrics["accuracy"] == pytest.approx(right / len(rows))
+    assert metrics["eval_loss"] == pytest.approx(loss / len(rows), rel=1e-4)
+    assert metrics["classes"] == ["a", "b"]
+    assert metrics["eval_loss"] < metrics["before"]["loss"]
+    assert {"accuracy", "macro_f1", "loss"} == set(metrics["before"])
+
+
+def test_numbers_as_classes_stay_in_their_order(tmp_path, base):
+    rows = [{"stars": i % 11, "review": f"said {i % 11}"} for i in range(66)]
+    path = write_rows(tmp_path / "stars.jsonl", rows)
+    flags = [f"--train_files={path}", "--text_column=review", "--label_column=stars", "--lora_rank=2"]
+    metrics = train(tmp_path / "out", base, "classification", *flags, "--lora_merge=true", "--max_steps=1")
+    assert metrics["classes"] == [str(i) for i in range(11)]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.pad_token_id == 0
+    assert model.score.weight.shape == (11, 16)
+
+
+# ---------------------------------------------------------------- the embedded run
+
+
+def test_docstrings_are_read_without_importing(tmp_path):
+    long = (
+        "Return what was asked for, and raise an error where there is nothing that could be returned at all."
+    )
+    inner = f'    """short"""\n    def f(self):\n        """{long} x"""\n'
+    source = f'"""{long}"""\nraise SystemExit\nclass A:\n{inner}'
+    (tmp_path / "a.py").write_text(source)
+    (tmp_path / "broken.py").write_text("def (")
+    assert docstrings.docstrings_of(tmp_path / "a.py") == [long, long + " x"]
+    assert docstrings.docstrings_of(tmp_path / "broken.py") == []
+
+
+def test_no_held_out_docstring_is_trained_on(monkeypatch):
+    monkeypatch.setattr(docstrings, "CHARACTERS", 40_000)
+    train_part, held_out = docstrings.read_docstrings()
+    again, _ = docstrings.read_docstrings()
+    assert train_part.to_list() == again.to_list()
+    assert not set(train_part["text"]) & set(held_out["text"])
+    for part in (train_part, held_out):
+        assert set(part["label"]) == {"torch", "transformers"}
+        assert len(set(part["text"])) == len(part)
+        assert min(map(len, part["text"])) > 80
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Run the commands of the default run without new processes, on a few docstrings; list them."""
+    monkeypatch.setattr(docstrings, "CHARACTERS", 40_000)
+    started = []
+
+    def start(command, check):
+        _, script, *flags = command
+        started.append((Path(script).name, flags))
+        if Path(script).name == "finetune.py":
+            finetune.main(flags)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(default_run.subprocess, "run", start)
+    return started
+
+
+def test_without_a_task_both_follow_each_other(tmp_path, base, in_this_process, capsys):
+    """As commands of their own, the second on the model of the first."""
+    flags = [*QUICK, "--max_validation_blocks=8", "--max_steps=1", "--lora_rank=2"]
+    flags += [f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
+    finetune.main(flags)
+    assert [name for name, _ in in_this_process] == ["finetune.py"] * 2
+    first, second = (
+        json.loads((tmp_path / "out" / name / "metrics.json").read_text())
+        for name in ("docstrings", "library")
+    )
+    assert {"loss", "old_domain_loss"} <= set(first["before"])
+    assert second["classes"] == ["torch", "transformers"]
+    assert second["options"]["model_name_or_path"] == str(tmp_path / "out" / "docstrings")
+    assert capsys.readouterr().out.count("before     after") == 2
+    assert "holds another run" in refused(capsys, *flags)
+
+
+def test_the_default_model_is_made_if_it_is_not_there(tmp_path, base, in_this_process, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = default_run.subprocess.run
+
+    def start(command, check):
+        if "pretrain.py" in command[1]:
+            shutil.copytree(base, "outputs/pretrain", dirs_exist_ok=True)
+        return made(command, check)
+
+    monkeypatch.setattr(default_run.subprocess, "run", start)
+    flags = [*QUICK, "--max_validation_blocks=8", "--max_steps=1"]
+    finetune.main(flags)
+    assert in_this_process[0] == ("pretrain.py", ["--output_dir=outputs/pretrain", "--use_cpu=true"])
+    assert (tmp_path / "outputs" / "finetune" / "library" / "metrics.json").is_file()
+    finetune.main([*flags, "--output_dir=again"])
+    assert [name for name, _ in in_this_process] == ["pretrain.py", *["finetune.py"] * 4]
+
+
+# ---------------------------------------------------------------- presets
+
+
+def parsed(*flags):
+    model_args, _, args = parse(["--use_cpu=true", *flags], ARGUMENT_TYPES)
+    presets.apply_preset(model_args, args)
+    return args
+
+
+def test_presets_fill_in_what_is_not_given():
+    full, lora = presets.PRESETS["full"], presets.PRESETS["lora"]
+    scale = f"matrix_lr_scale={full.method_options['matrix_lr_scale']}"
+    assert (parsed().learning_rate, parsed().optim_args) == (full.learning_rate, scale)
+    assert parsed("--lora_rank=4").learning_rate == lora.learning_rate
+    given = parsed("--learning_rate=3e-3", "--optim_args=momentum=0.9,matrix_lr_scale=2")
+    assert (given.learning_rate, given.optim_args) == (3e-3, "momentum=0.9,matrix_lr_scale=2")
+    assert parsed("--optim_args=momentum=0.9").optim_args == f"momentum=0.9,{scale}"
+    assert parsed("--preset=false").optim_args is None
+    adamw = parsed("--optim=adamw_torch")
+    assert (adamw.learning_rate, adamw.optim_args) == (presets.ADAM_LEARNING_RATE, None)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def refused(capsys, *flags):
+    """What a run that must not start says."""
+    with pytest.raises(SystemExit) as caught:
+        finetune.main([*QUICK, *flags])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("error:") == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--task=translation"], "it is one of causal_lm, classification"),
+        (["--train_files=a.txt"], "--task is missing"),
+        (["--task=causal_lm", "--prompt_column=a"], "give both"),
+        (["--task=causal_lm", "--train_files=nowhere.txt"], "no file nowhere.txt"),
+        (["--task=causal_lm", "--dataset_name=nobody/nothing"], "cannot load dataset nobody/nothing"),
+        (["--task=causal_lm", "--lora_rank=-1"], "must not be negative"),
+        (["--task=causal_lm", "--model_package=nothing_here"], "no such package"),
+        (["--task=causal_lm", "--model_package=json", "--model_name_or_path=a"], "give one of them"),
+        (["--push_to_hub=true"], "name its --task"),
+    ],
+)
+def test_options_that_cannot_be_used(capsys, base, tmp_path, flags, expected):
+    named = [] if any("model_name" in flag for flag in flags) or "package" in expected else [base]
+    model = [f"--model_name_or_path={name}" for name in named]
+    assert expected in refused(capsys, *model, *flags, f"--output_dir={tmp_path / 'out'}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--text_column=content"], "no column 'content'; --text_column is one of: ask, answer"),
+        (["--prompt_column=ask", "--response_column=reply"], "--response_column is one of: ask, answer"),
+        (["--text_column=answer", "--lora_rank=2", "--lora_target_modules=q_proj"], "c_attn, c_fc, c_proj"),
+        (
+            ["--text_column=answer", "--lora_rank=2", "--lora_target_modules", "c_fc", "q"],
+            "--lora_target_modules q:",
+        ),
+        (["--text_column=answer", "--block_size=65"], "longer than the model's 64 positions"),
+        (["--text_column=answer", "--validation_share=0.001"], "leaves a part empty"),
+        (["--text_column=answer", "--optim=muonn"], "muonmax_momo"),
+    ],
+)
+def test_data_and_model_that_do_not_fit(capsys, base, pairs, tmp_path, flags, expected):
+    run = ["--task=causal_lm", f"--model_name_or_path={base}", f"--train_files={pairs}"]
+    assert expected in refused(capsys, *run, *flags, f"--output_dir={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_none(capsys, texts, tmp_path):
+    run = ["--task=causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
+    assert "cannot load the tokenizer" in refused(capsys, *run, f"--model_name_or_path={tmp_path}")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "a.csv").write_text("text\n1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n")
+    numbers = ["--task=causal_lm", f"--train_files={tmp_path / 'a.csv'}", f"--output_dir={tmp_path / 'out'}"]
+    assert "cannot load" in refused(capsys, *numbers, f"--model_name_or_path={tmp_path}")
+
+
+def test_labels_that_cannot_be_learnt(capsys, base, classes, tmp_path):
+    odd = write_rows(tmp_path / "odd.jsonl", [{"text": "king", "label": "c"}, {"text": "king", "label": "a"}])
+    run = ["--task=classification", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
+    message = refused(capsys, *run, f"--train_files={classes}", f"--validation_files={odd}")
+    assert "never occur in training: 'c' (1 rows)" in message
+    one = write_rows(tmp_path / "one.jsonl", [{"text": "king", "label": "a"}] * 40)
+    assert "one class only, 'a'" in refused(capsys, *run, f"--train_files={one}")
+    none = write_rows(
+        tmp_path / "none.jsonl", [{"text": "k", "label": "a"}, {"text": "k", "label": None}] * 20
+    )
+    assert "have no label" in refused(capsys, *run, f"--train_files={none}")
+
+
+def test_empty_and_long_rows_are_counted(tmp_path, base, caplog):
+    rows = [{"ask": "the king", "answer": "said " * (40 if i < 3 else 2)} for i in range(20)]
+    rows += [{"ask": "a", "answer": ""}, {"ask": "a", "answer": None}, {"ask": "ask " * 90, "answer": "a"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = [*PROMPTS, f"--train_files={path}", f"--validation_files={path}", "--max_steps=1"]
+    metrics = train(tmp_path / "out", base, "causal_lm", *flags)
+    said = caplog.text
+    assert "2 responses are empty" in said
+    assert "4 of 21 sequences are longer than --block_size 48" in said
+    assert "1 have no token left to learn" in said
+    assert math.isfinite(metrics["eval_loss"])
+
+
+def test_a_file_without_anything_to_learn(capsys, base, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"ask": "the king", "answer": " "}] * 30)
+    run = ["--task=causal_lm", f"--model_name_or_path={base}", *PROMPTS, f"--output_dir={tmp_path / 'out'}"]
+    assert "no row is left" in refused(capsys, *run, f"--train_files={path}")
+
+
+# ---------------------------------------------------------------- files beside the recipe
+
+
+def test_the_example_is_the_default_run():
+    written = parse(["--config", str(RECIPES / "configs" / "finetune_docstrings.yaml")], ARGUMENT_TYPES)
+    default = parse(["--task=causal_lm", "--model_name_or_path=outputs/pretrain"], ARGUMENT_TYPES)
+    for model_args, _, args in (written, default):
+        presets.apply_preset(model_args, args)
+    for given, expected in zip(written, default, strict=True):
+        differing = {key for key, value in vars(given).items() if value != vars(expected)[key]}
+        assert differing <= {"output_dir", "logging_dir", "distributed_state"}
+
+
+def test_every_run_of_the_suite_has_flags_that_exist():
+    suite = load_suite("finetune_mini")
+    assert {run.options["lora_rank"] for run in suite.runs()} == {0, 8}
+    for run in suite.runs():
+        flags = as_arguments(recipe_flags(suite, run, processes=1))
+        model_args, data_args, args = parse([*flags, "--use_cpu=true"], ARGUMENT_TYPES)
+        assert (args.learning_rate, data_args.task) == (run.learning_rate, "causal_lm")
+        assert model_args.merges == (run.options["lora_rank"] > 0)

@@ -1,0 +1,478 @@
+"""Pushing to the Hub, over HTTP with the real client: models, cards, studies, refusals, and no secret."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pretrain
+import publish
+import pytest
+import torch
+from hub_server import Hub
+from huggingface_hub import DatasetCard, ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sweeping.study import default_storage, open_study
+from sweeping.suite import Suite
+from sweeping.sweep_folder import run_folder
+from sweeping.trial_queue import Outcome, TrialQueue
+from training import secrets
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TOKEN, GIVEN, READER = (
+    "hf_aToken0123456789abcdef",
+    "hf_theGivenOne0123456789abc",
+    "hf_aReader0123456789abcdef",
+)
+OTHER_SECRET = "a-key-of-another-service"
+TINY = [
+    "--use_cpu=true",
+    "--config_overrides=n_layer=1,n_embd=16,n_head=2",
+    "--vocab_size=300",
+    "--block_size=32",
+    "--sample_tokens=0",
+    "--logging_steps=1",
+    "--max_steps=2",
+    "--per_device_train_batch_size=4",
+    "--eval_steps=0.999",
+]
+
+
+def environment(hub, home, **more):
+    values = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {
+        **values,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        **more,
+    }
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("".join(f"{i} and the king of the land shall see light\n" for i in range(500)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pushed(tmp_path_factory, text_file):
+    """A run of pretrain.py that pushes, in a process of its own: the Hub, the folder, what it printed."""
+    folder = tmp_path_factory.mktemp("pushed")
+    hub = Hub({GIVEN: "me"})
+    config = folder / "run.yaml"
+    config.write_text(f"hub_token: {GIVEN}\nseed: 7\n")
+    command = [sys.executable, RECIPES / "pretrain.py", *TINY, f"--train_files={text_file}"]
+    command += ["--push_to_hub", "--hub_model_id=tiny", f"--hub_token={GIVEN}", f"--config={config}"]
+    command += ["--hub_license=mit", "--data_license=cc0-1.0"]
+    variables = environment(hub, folder / "home", HF_TOKEN=TOKEN, OTHER_API_KEY=OTHER_SECRET)
+    done = subprocess.run(
+        [*map(str, command), "--output_dir=out"], cwd=folder, env=variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    yield hub, folder / "out", done.stdout + done.stderr
+    hub.stop()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub for this process; `me` is logged in."""
+    hub = Hub({TOKEN: "me", READER: "me", "hf_theirs0123456789abcdef": "them"}, readers=[READER])
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix("https://huggingface.co")
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def run(pushed, tmp_path):
+    """The folder of a finished run that nobody has pushed yet."""
+    folder = tmp_path / "run"
+    shutil.copytree(pushed[1], folder)
+    (folder / "hub_origin.json").unlink()
+    return folder
+
+
+def refused(capsys, main, *flags, code=2):
+    with pytest.raises(SystemExit) as caught:
+        main([*map(str, flags)])
+    assert caught.value.code == code
+    return capsys.readouterr().err
+
+
+def refused_training(capsys, tmp_path, *flags):
+    """What a run says that must not begin: before any text is read, and without an output folder."""
+    folder = tmp_path / "out"
+    flags = [*TINY, "--push_to_hub", f"--output_dir={folder}", "--train_files=nowhere.txt", *flags]
+    message = refused(capsys, pretrain.main, *flags)
+    assert not folder.exists()
+    assert "nowhere.txt" not in message
+    return message
+
+
+# ---------------------------------------------------------------- a model
+
+
+def test_the_pushed_model_is_the_trained_one(pushed, tmp_path):
+    hub, folder, _ = pushed
+    code = (
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "tokens = AutoTokenizer.from_pretrained('me/tiny')('and the king', return_tensors='pt')\n"
+        "model = AutoModelForCausalLM.from_pretrained('me/tiny')\n"
+        "torch.save(model(tokens['input_ids']).logits.detach(), 'logits.pt')\n"
+    )
+    variables = environment(hub, tmp_path / "empty")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, check=True, capture_output=True)
+    tokens = AutoTokenizer.from_pretrained(folder)("and the king", return_tensors="pt")
+    expected = AutoModelForCausalLM.from_pretrained(folder)(tokens["input_ids"]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_checkpoints_are_pushed_while_training_and_the_results_at_the_end(pushed):
+    hub, _, output = pushed
+    commits = hub.repos["models/me/tiny"].commits
+    assert commits[0].startswith("Training in progress, step")
+    assert commits[-1] == "Push the model and its results"
+    assert "Model save" not in commits
+    assert not any(name.startswith("checkpoint-") for name in hub.files("models/me/tiny"))
+    assert "Pushing" in output
+    assert f"Pushed: {hub.url}" in output
+
+
+def test_the_card_says_what_was_done(pushed):
+    hub, folder, _ = pushed
+    files = hub.files("models/me/tiny")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    card = ModelCard(files["README.md"].decode())
+    assert files["curves.png"].startswith(b"\x89PNG")
+    for words in (
+        "](curves.png)",
+        metrics["corpus"]["train_sha256"],
+        metrics["versions"]["torch"],
+        metrics["hardware"]["cpu"],
+        "cc0-1.0",
+        "`product_norm` | hybrid",
+        "`nuclear_norm` | exact",
+        "`loss_lower_bound` | 0.0",
+        'AutoModelForCausalLM.from_pretrained("me/tiny")',
+        "import hf_noneuclid",
+        "2510.09827",
+        "2305.07583",
+        "python recipes/pretrain.py --use_cpu=true",
+        "seed: 7",
+    ):
+        assert words in card.text, words
+    assert (card.data.license, card.data.library_name) == ("mit", "transformers")
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found == {name: metrics[key] for name, key in (("loss", "eval_loss"),)} | {
+        name: metrics[name] for name in ("perplexity", "bits_per_byte")
+    }
+
+
+def test_no_secret_is_written_printed_or_uploaded(pushed):
+    hub, folder, output = pushed
+    written = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    sent = {head: body for head, body in hub.received}
+    kept = hub.files("models/me/tiny")
+    encoded = {name: content for name, content in kept.items()}
+    for secret in (TOKEN, GIVEN, OTHER_SECRET):
+        assert secret not in output
+        for place in (written, sent, encoded):
+            assert [name for name, content in place.items() if secret.encode() in content] == []
+    assert any(path.name == "training_args.bin" and "checkpoint-" in str(path) for path in written)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert not any("hub_token" in argument for argument in metrics["command"])
+    assert metrics["config"]["hub_token"] == "***"
+
+
+def test_training_args_can_be_read_with_the_package(pushed):
+    args = torch.load(pushed[1] / "training_args.bin", weights_only=False)
+    assert args.optim == "muonmax_momo"
+    assert args.hub_token is None
+
+
+@pytest.mark.parametrize(("dies_at", "answered"), [("PUT /lfs/", 1), ("/commit/", 0)])
+def test_an_interrupted_push_is_finished_by_the_command_it_names(
+    hub, run, capsys, monkeypatch, dies_at, answered
+):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
+    hub.dies_at, hub.dies_after = dies_at, answered
+    flags = ["--folder", run, "--hub_model_id", "tiny", "--hub_revision", "v1"]
+    message = refused(capsys, publish.main, *flags, code=4)
+    assert str(run) in message
+    assert "Push later with" in message
+    assert hub.files("models/me/tiny", "v1").keys() == {".gitattributes"}
+    assert hub.objects
+
+    hub.start()
+    python, script, *arguments = shlex.split(message.splitlines()[-1])
+    assert (python, Path(script).resolve()) == ("python", RECIPES / "publish.py")
+    publish.main(arguments)
+    model = hub.files("models/me/tiny", "v1")["model.safetensors"]
+    assert model == (run / "model.safetensors").read_bytes()
+    sent = hub.requests("PUT /lfs/")
+    assert len(set(sent)) == len(sent)  # what had arrived is not sent again
+    assert (
+        'from_pretrained("me/tiny", revision="v1")' in hub.files("models/me/tiny", "v1")["README.md"].decode()
+    )
+
+
+def test_a_training_whose_push_fails_keeps_its_results(hub, text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.dies_at = "/commit/"  # of the first checkpoint
+    flags = [*TINY, f"--train_files={text_file}", "--push_to_hub", f"--output_dir={tmp_path / 'out'}"]
+    message = refused(capsys, pretrain.main, *flags, code=4)
+    assert "Push later with" in message
+    assert f"--folder {tmp_path / 'out'} --hub_model_id me/out" in message
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 2
+
+
+def test_a_run_that_diverges_ends_well_and_is_not_pushed(hub, text_file, tmp_path, capsys):
+    flags = ["--push_to_hub", "--hub_strategy=end", "--optim=sgd", "--learning_rate=1e30"]
+    pretrain.main([*TINY, *flags, f"--train_files={text_file}", f"--output_dir={tmp_path / 'out'}"])
+    assert "diverged, so its model is not pushed" in capsys.readouterr().err
+    assert hub.files("models/me/out").keys() == {".gitattributes"}
+
+
+def test_pushing_again_changes_nothing_and_another_run_is_refused(hub, run, tmp_path, capsys):
+    flags = ["--folder", run, "--hub_model_id", "me/tiny"]
+    publish.main([*map(str, flags)])
+    before = dict(hub.files("models/me/tiny"))
+    publish.main([*map(str, flags)])
+    assert hub.files("models/me/tiny") == before
+    assert len(hub.repos["models/me/tiny"].commits) == 1
+
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "hub_origin.json").unlink()
+    flags = ["--folder", other, "--hub_model_id", "me/tiny"]
+    assert "--overwrite_hub_model" in refused(capsys, publish.main, *flags)
+    assert hub.files("models/me/tiny") == before
+    hub.add("models/me/tiny", {"pytorch_model.bin": b"of another model"})
+    publish.main([*map(str, flags), "--overwrite_hub_model"])
+    after = hub.files("models/me/tiny")
+    assert after["hub_origin.json"] != before["hub_origin.json"]
+    assert "pytorch_model.bin" not in after
+
+
+def test_a_file_with_a_secret_is_not_pushed(hub, run, capsys):
+    (run / "notes.txt").write_text(f"my token is {TOKEN}")
+    message = refused(capsys, publish.main, "--folder", run, code=4)
+    assert "notes.txt holds a token" in message
+    assert TOKEN not in message
+    assert "notes.txt" not in hub.files("models/me/run")
+
+
+def test_folders_that_cannot_be_pushed(hub, run, tmp_path, capsys):
+    assert "no finished run" in refused(capsys, publish.main, "--folder", tmp_path / "nowhere")
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "diverged": True}))
+    assert "the run diverged" in refused(capsys, publish.main, "--folder", run)
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "model.safetensors").unlink()
+    assert "holds no model" in refused(capsys, publish.main, "--folder", run)
+    assert not hub.repos
+
+
+# ---------------------------------------------------------------- a study
+
+LOSSES = {
+    ("muon", 0.01): 5.5,
+    ("muon", 0.1): 5.0,
+    ("adamw_torch", 0.01): 5.25,
+    ("adamw_torch", 0.1): math.inf,
+}
+
+
+def copied_outcome(pattern, folder, loss):
+    """Leave in a folder what a run with this loss would have left, all of it another run's but the loss."""
+    diverged = math.isinf(loss)
+    known = json.loads((pattern / "metrics.json").read_text())
+    metrics = {**known, "eval_loss": None if diverged else loss, "diverged": diverged}
+    shutil.copytree(pattern, folder, ignore=shutil.ignore_patterns("hub*", "checkpoint*"))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    history = json.loads((pattern / "history.json").read_text())
+    state = "diverged" if diverged else "done"
+    return Outcome(state, metrics["eval_loss"], None, 1.0, metrics, history)
+
+
+@pytest.fixture
+def study(pushed, tmp_path):
+    """A finished study of two methods at two learning rates, whose models are all copies of one."""
+    folder = tmp_path / "tiny_study"
+    rates = {"learning_rate": [0.01, 0.1], "method_options": {}, "options": {}}
+    suite = Suite(
+        name="tiny",
+        about="A comparison for the tests.",
+        recipe="pretrain",
+        options={"max_steps": 2, "train_files": ["words.txt"]},
+        grid=[{"method": ["muon", "adamw_torch"], **rates}],
+        per_method={},
+        seeds=[0],
+        more_seeds={"seeds": [], "within_decades": 0.0},
+        report={"paper": {"muon": {"mean": 5.0, "std": 0.1}}},
+        hours=None,
+        launch={"processes": 1, "accelerate_config": None, "threads": 1},
+    )
+    opened = open_study(default_storage(folder), suite.name, suite=suite)
+    opened.set_user_attr("id", "abc")
+    opened.set_user_attr("suite", suite.to_dict())
+    queue = TrialQueue(opened, suite)
+    while (claim := queue.claim()) is not None:
+        loss = LOSSES[claim.run.method, claim.run.learning_rate]
+        queue.finish(claim, copied_outcome(pushed[1], run_folder(folder, claim.run), loss))
+    return folder
+
+
+def test_the_best_checkpoint_of_each_method_and_all_runs_are_published(hub, study):
+    publish.main(["--study", str(study), "--namespace", "me", "--hub_private_repo", "true"])
+    assert hub.repos.keys() == {"models/me/tiny-muon", "models/me/tiny-adamw_torch", "datasets/me/tiny-runs"}
+    assert all(repo.private for repo in hub.repos.values())
+    model = ModelCard(hub.files("models/me/tiny-muon")["README.md"].decode())
+    assert "learning rate 0.1, seed 0, final loss 5.0000" in model.text
+    assert "**not run**" in model.text  # one seed is no verdict beside the paper
+    assert f"{hub.url}/datasets/me/tiny-runs" in model.text
+    assert f"{hub.url}/me/tiny-adamw_torch" in model.text
+    assert {result.metric_type: result.metric_value for result in model.data.eval_results}["loss"] == 5.0
+    assert "model.safetensors" in hub.files("models/me/tiny-adamw_torch")
+
+
+def test_the_card_of_the_runs_leads_to_the_models_and_says_the_verdict(hub, study):
+    publish.main(["--study", str(study), "--namespace", "me"])
+    files = hub.files("datasets/me/tiny-runs")
+    card = DatasetCard(files["README.md"].decode())
+    assert "**not run**" in card.text
+    assert "](report/final_loss.png)" in card.text
+    assert "report/final_loss.png" in files
+    assert f"{hub.url}/me/tiny-muon" in card.text
+    assert f"{hub.url}/me/tiny-adamw_torch" in card.text
+    assert {config["data_files"] for config in card.data.configs} <= files.keys()
+    names = [json.loads(line)["run"] for line in files["runs.jsonl"].splitlines()]
+    assert len(set(names)) == len(LOSSES)
+    assert all(f"runs/{name}/{part}" in files for name in names for part in ("metrics.json", "curves.png"))
+
+
+def test_the_published_runs_load_as_a_dataset(hub, study, tmp_path):
+    publish.main(["--study", str(study), "--namespace", "me"])
+    options = {"cache_dir": str(tmp_path / "cache"), "split": "train"}
+    runs = datasets.load_dataset(str(study / "hub"), "runs", **options)
+    losses = [math.inf if loss is None else loss for loss in runs["loss"]]
+    assert dict(zip(zip(runs["method"], runs["learning_rate"], strict=True), losses, strict=True)) == LOSSES
+    history = datasets.load_dataset(str(study / "hub"), "history", **options)
+    assert set(history["run"]) == set(runs["run"])
+
+
+def test_a_study_goes_on_where_its_push_was_interrupted(hub, study, capsys):
+    hub.dies_at = "datasets/me/tiny-runs/commit/"
+    flags = ["--study", study, "--namespace", "me", "--hub_token", TOKEN]
+    message = refused(capsys, publish.main, *flags, code=4)
+    assert TOKEN not in message
+    before = {name: list(repo.commits) for name, repo in hub.repos.items()}
+    assert before["datasets/me/tiny-runs"] == []
+    hub.start()
+    publish.main(shlex.split(message.splitlines()[-1])[2:])
+    after = {name: repo.commits for name, repo in hub.repos.items()}
+    assert after == {**before, "datasets/me/tiny-runs": ["Push all runs"]}
+
+
+def test_a_study_without_its_models_says_how_to_make_them(hub, study, capsys):
+    for path in study.rglob("model.safetensors"):
+        path.unlink()
+    message = refused(capsys, publish.main, "--study", study, "--namespace", "me")
+    assert "--keep_models" in message
+    commands = [line for line in message.splitlines() if line.startswith("  python")]
+    assert len(commands) == 2
+    assert "--optim=muon" in commands[0]
+    assert "--learning_rate=0.1" in commands[0]
+    assert not hub.repos
+
+
+# ---------------------------------------------------------------- refusals before training
+
+
+def test_a_run_without_a_token_does_not_begin(hub, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    assert "hf auth login" in refused_training(capsys, tmp_path)
+    assert not hub.received
+
+
+def test_a_token_that_is_not_accepted_or_may_only_read(hub, capsys, tmp_path, monkeypatch):
+    unknown = "hf_nobodys0123456789abcdef"
+    monkeypatch.setenv("HF_TOKEN", unknown)
+    message = refused_training(capsys, tmp_path)
+    assert "does not accept the token" in message
+    assert unknown not in message
+    monkeypatch.setenv("HF_TOKEN", READER)
+    assert "may read only" in refused_training(capsys, tmp_path)
+
+
+def test_a_repository_of_somebody_else_is_refused(hub, capsys, tmp_path):
+    assert "may not make them/new" in refused_training(capsys, tmp_path, "--hub_model_id=them/new")
+    hub.add("models/them/theirs", {})
+    assert "no right to write" in refused_training(capsys, tmp_path, "--hub_model_id=them/theirs")
+    assert "--hub_model_id a//b" in refused_training(capsys, tmp_path, "--hub_model_id=a//b")
+    assert list(hub.repos) == ["models/them/theirs"]
+
+
+def test_a_run_goes_on_in_the_repository_that_it_has_pushed_to(hub, pushed, capsys, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pushed[1], out)
+    hub.add("models/me/out", pushed[0].files("models/me/tiny"))
+    flags = [*TINY, "--max_steps=4", "--push_to_hub", f"--output_dir={out}", "--train_files=nowhere.txt"]
+    assert "nowhere.txt" in refused(capsys, pretrain.main, *flags, "--resume_from_checkpoint=true")
+    message = refused(capsys, pretrain.main, *flags, "--overwrite_output_dir")
+    assert "me/out holds something else" in message
+
+
+def test_a_repository_with_another_model_is_refused(hub, capsys, tmp_path):
+    hub.add("models/me/out", {"config.json": b"{}", "model.safetensors": b"weights"})
+    message = refused_training(capsys, tmp_path)
+    assert "me/out holds something else" in message
+    assert "--overwrite_hub_model" in message
+
+
+def test_a_hub_that_cannot_be_reached(hub, capsys, tmp_path):
+    hub.stop()
+    assert f"{hub.url} cannot be asked" in refused_training(capsys, tmp_path)
+
+
+# ---------------------------------------------------------------- secrets
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["--hub_token", "abc", "--seed=1"], ["--seed=1"]),
+        (["--hub_token=abc", "--bf16"], ["--bf16"]),
+        (["--bf16", "--push_to_hub_token", "abc"], ["--bf16"]),
+        (
+            ["--tokenizer_name", "gpt2", "--sample_tokens=3", "--eos_token=</s>"],
+            ["--tokenizer_name", "gpt2", "--sample_tokens=3", "--eos_token=</s>"],
+        ),
+        (["--train_files", f"of/{GIVEN}/a.txt"], ["--train_files", "of/***/a.txt"]),
+    ],
+)
+def test_a_command_line_is_shown_without_secrets(given, shown):
+    assert secrets.redact_arguments(given) == shown
+
+
+def test_texts_are_scrubbed_of_what_the_environment_holds(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", OTHER_SECRET)
+    value = {"a": [f"key {OTHER_SECRET}", 1], "hub_token": "x", "tokens": 5}
+    assert secrets.scrub(value) == {"a": ["key ***", 1], "hub_token": "***", "tokens": 5}
