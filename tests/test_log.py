@@ -38,7 +38,8 @@ def test_a_loss_below_the_number_that_was_given_is_warned_of_once(caplog):
 
 @pytest.mark.parametrize("rule", ["auto", "relative"])
 def test_a_loss_below_the_bound_of_a_rule_is_nothing_to_warn_of(caplog, rule):
-    metrics, warnings = log_of([4.0, 1.0], caplog, loss_lower_bound=rule)
+    options = {"loss_lower_bound": rule, "lower_bound_fraction": 0.7}
+    metrics, warnings = log_of([4.0, 1.0], caplog, **options)
     assert [row["loss_lower_bound"] for row in metrics] == pytest.approx([2.8, 2.59])
     assert warnings == []
 
