@@ -25,8 +25,9 @@ from hf_noneuclid.layouts.pieces import Piece, make_pieces
 from hf_noneuclid.layouts.plan import _alike, _matrix_batches, polar_batch
 from hf_noneuclid.layouts.ranks import Ranks, pads
 from hf_noneuclid.layouts.zero import flat_run
+from hf_noneuclid.momo import lower_bound
 from hf_noneuclid.norms import ADAPTIVE_NORMS
-from hf_noneuclid.options import parameter_names
+from hf_noneuclid.options import LOWER_BOUND_OPTIONS, parameter_names
 from hf_noneuclid.polar import compute_dtype, polar_flops
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
@@ -188,7 +189,9 @@ class Costs:
         """The optimizer's state, of every rank."""
         options = self.shapes.options
         stale = self.shapes.matrix_units if options["nuclear_norm"] == "stale" else 0
-        scalars = 1 + bool(options["momo"]) + stale  # step, running loss, nuclear norms
+        rule = lower_bound(*(options[name] for name in LOWER_BOUND_OPTIONS))
+        momo = (1 + len(rule.initial)) * bool(options["momo"])  # running loss, what the bound remembers
+        scalars = 1 + momo + stale  # step, nuclear norms
         return STATE_BYTES * (self.flat + self.second_moment + scalars)
 
     def kept_bytes(self) -> np.ndarray:

@@ -174,9 +174,10 @@ def _comparison(plan: Publication, method: str) -> str:
 def _model_table(plan: Publication) -> str:
     """Return the best curve of each method, with a link to its model, lowest loss first."""
     rows = []
+    curves = [row for setting in plan.summary["settings"] for row in setting["curves"] if row["best"]]
     for method, repository in plan.models.items():
-        curves = (row for row in plan.summary["curves"] if row["method"] == method and row["best"])
-        best = min((row["best"] for row in curves), key=lambda point: point["loss"])
+        points = (row["best"] for row in curves if row["method"] == method)
+        best = min(points, key=lambda point: point["loss"])
         loss = band(best["loss"], best["std"])
         rows.append((_link(repository, method), loss, number(best["seeds"]), rate(best["learning_rate"])))
     return table(("method", "best final loss, mean over seeds", "seeds", "learning rate"), rows)
