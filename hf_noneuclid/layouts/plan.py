@@ -265,8 +265,8 @@ def _grouped(pieces: Iterable[Piece]) -> list[list[Piece]]:
 def _cut(pieces: Iterable[Piece], shards: int, workspace: int) -> Iterator[list[Piece]]:
     """Batches of which a rank receives no more than the workspace."""
 
-    def shape(piece: Piece) -> tuple[int, ...]:
-        return piece.stack[1:] if piece.stack else ()
+    def shape(piece: Piece) -> list[int]:
+        return sorted(piece.stack[1:] if piece.stack else ())
 
     sizes = ((x, 4 * prod(x.stack or ()) // shards) for x in sorted(pieces, key=shape))
     return _capped(sizes, workspace)
