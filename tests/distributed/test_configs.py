@@ -81,6 +81,7 @@ def run(config, overrides, folder, text_file, *options):
     processes = int(shlex.split(overrides)[1])
     recipe = [
         *shlex.split(RECIPE),
+        *("--optim_args", "loss_lower_bound=0.0"),  # a few steps: the automatic one holds the first back
         *("--per_device_train_batch_size", str(GLOBAL_BATCH // processes)),
         *("--train_files", str(text_file), "--output_dir", str(folder / "run"), *options),
     ]
@@ -142,7 +143,7 @@ def test_the_loss_falls(results, config):
     assert len(losses) == STEPS
     assert losses == sorted(losses, reverse=True)
     assert losses[0] == pytest.approx(math.log(300), abs=0.1)
-    assert losses[-1] < losses[0] - 0.4
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_the_metrics_are_those_of_the_whole_run(results, config):
