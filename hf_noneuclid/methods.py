@@ -103,8 +103,8 @@ def all_names() -> list[str]:
 def parse_options(text: Mapping[str, str]) -> dict[str, Any]:
     """Options given as text (``--optim_args "momentum=0.9,nuclear_norm=stale"``) as typed values.
 
-    ``auto`` and ``star`` stand for themselves. Unknown options stay text; ``resolve`` knows which a method
-    has.
+    Names of rules for the lower bound stand for themselves. Unknown options stay text; ``resolve`` knows
+    which a method has.
 
     Raises:
         ValueError: The text of an option is not of its type.

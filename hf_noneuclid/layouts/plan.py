@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..elementwise import dot, widened
+from ..elementwise import MIB, dot, widened
 from ..norms import ADAPTIVE_NORMS
 from ..polar import polar_flops
 from .exchange import Block, Exchange, Run, make_blocks
@@ -28,7 +28,7 @@ from .ranks import Place, Ranks
 
 T = TypeVar("T")
 
-CPU_BATCH = 20 * 2**20
+CPU_BATCH = 20 * MIB
 """Bytes of matrices whose polar factors a CPU computes at once: enough for all of its cores."""
 
 

@@ -57,8 +57,7 @@ def write_card(
         loading=_loading(facts, repository),
         data=_data(facts),
         command=command(facts.metrics),
-        config=yaml.safe_dump(scrub(facts.metrics.get("config") or {})).strip()
-        * bool(facts.metrics.get("config")),
+        config=_config(facts),
         environment=_environment(facts),
         options=_options(facts),
         licence=_licence(facts, license_name),
@@ -157,7 +156,7 @@ def _data(facts: RunFacts) -> str:
 
 def _config(facts: RunFacts) -> str:
     values = facts.metrics.get("config")
-    return yaml.safe_dump(scrub(values), sort_keys=False).strip() if values else ""
+    return yaml.safe_dump(scrub(values)).strip() if values else ""
 
 
 def _environment(facts: RunFacts) -> str:
