@@ -86,7 +86,7 @@ class StepLog:
 
     def _warn_of_low_loss(self, loss: float, bound: float | None) -> None:
         rule = self._optimizer.param_groups[0]["loss_lower_bound"]
-        is_low = bound is None or loss < (0 if isinstance(rule, str) else bound)
+        is_low = rule != "auto" and (bound is None or loss < (0 if isinstance(rule, str) else bound))
         if self._warned_of_bound or not is_low:
             return
         self._warned_of_bound = True

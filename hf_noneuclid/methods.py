@@ -130,9 +130,8 @@ def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
         method: Any of ``all_names()``.
         **values: ``momentum``, ``beta2``, ``eps``, ``polar_method``, ``polar_steps``, ``nuclear_norm``,
             ``reuse_gradients``, ``workspace``, ``matrix_lr_scale``; with Momo ``loss_lower_bound``,
-            ``lower_bound_fraction`` and ``lower_bound_horizon``; for
-            ``noneuclid`` also ``descent``, ``product_norm``, ``vector_norm`` (all three required) and
-            ``momo``.
+            ``lower_bound_fraction``, ``lower_bound_horizon`` and ``lower_bound_slack``; for ``noneuclid``
+            also ``descent``, ``product_norm``, ``vector_norm`` (all three required) and ``momo``.
 
     Raises:
         ValueError: An option is unknown to this method, missing, or out of range.

@@ -140,25 +140,38 @@ class Relative(LowerBound):
     initial: ClassVar[tuple[float, ...]] = (math.nan,)
 
     def bound(self, memory: Tensor, seen: Seen) -> Tensor:
-        mean = self._mean(memory[0], seen.loss)
-        return torch.where(mean > 0, self.fraction * mean, NO_BOUND)
+        return self._below(self._mean(memory[0], seen.loss))
 
     def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
         return self._mean(memory[0], seen.loss).reshape(1)
+
+    def _below(self, mean: Tensor) -> Tensor:
+        return torch.where(mean > 0, self.fraction * mean, NO_BOUND)
 
     def _mean(self, mean: Tensor, loss: Tensor) -> Tensor:
         return torch.where(mean.isnan(), loss, mean + (loss - mean) / self.horizon)
 
 
+@dataclass(frozen=True, slots=True)
 class Scheduled(Relative):
-    """``auto``: the same, and where the schedule has come down from its peak, steps go as much less far.
+    """``auto``: the same, but never nearer to the mean than a slack, and steps that follow the schedule.
 
-    A truncated step is no longer the learning rate's, so the schedule would else not be seen in it, and
-    what a decaying schedule is for, steps that average the noise of the gradients out, would be lost. Its
-    memory is the mean and the highest learning rate so far.
+    A fraction of a loss near zero is next to nothing: what gradients of other batches promise, the average
+    of the linearisations, is then below it most of the time, and no step would be taken. The slack is what a
+    step may always gain. It is also a bound where the mean is not above 0.
+
+    A truncated step is no longer the learning rate's, so the schedule would not be seen in it, and what a
+    decaying schedule is for, steps that average the noise of the gradients out, would be lost. Where the
+    schedule has come down from its peak, steps go as much less far. The memory is the mean and the highest
+    learning rate so far.
+
+    Args:
+        slack: In units of the loss; as it is meant, in nats.
     """
 
-    initial = (math.nan, 0.0)
+    slack: float
+
+    initial: ClassVar[tuple[float, ...]] = (math.nan, 0.0)
 
     def part(self, memory: Tensor, seen: Seen) -> Tensor:
         peak = self._peak(memory, seen)
@@ -167,21 +180,26 @@ class Scheduled(Relative):
     def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
         return torch.stack([self._mean(memory[0], seen.loss), self._peak(memory, seen)])
 
+    def _below(self, mean: Tensor) -> Tensor:
+        below = torch.where(mean > 0, self.fraction * mean, (2 - self.fraction) * mean)
+        return torch.minimum(below, mean - self.slack)
+
     def _peak(self, memory: Tensor, seen: Seen) -> Tensor:
         return torch.maximum(memory[1], seen.learning_rate)
 
 
-def lower_bound(value: float | str, fraction: float, horizon: float) -> LowerBound:
+def lower_bound(value: float | str, fraction: float, horizon: float, slack: float) -> LowerBound:
     """The lower bound that the option ``loss_lower_bound`` means.
 
     Args:
         value: A number, or one of ``BOUND_RULES``.
         fraction: Of ``relative`` and ``auto``.
         horizon: The same.
+        slack: Of ``auto``.
     """
     if isinstance(value, str):
         rules = {
-            "auto": Scheduled(fraction, horizon),
+            "auto": Scheduled(fraction, horizon, slack),
             "relative": Relative(fraction, horizon),
             "star": Star(),
         }

@@ -48,6 +48,7 @@ class NonEuclideanDescent(Optimizer):
             ``relative`` or ``star`` (see ``momo``). Momo only.
         lower_bound_fraction: Of ``auto`` and ``relative``: F* in parts of a running mean of the loss.
         lower_bound_horizon: Steps over which that mean forgets.
+        lower_bound_slack: Of ``auto``: F* is at least this far below that mean, in units of the loss.
         momentum: β, of the momentum and of the running loss.
         beta2: β₂, of the second moment.
         eps: ε in a = ε + √v.
@@ -93,6 +94,7 @@ class NonEuclideanDescent(Optimizer):
         loss_lower_bound: float | BoundRule = 0.0,
         lower_bound_fraction: float = 0.85,
         lower_bound_horizon: float = 10.0,
+        lower_bound_slack: float = 0.5,
         momentum: float = 0.95,
         beta2: float = 0.95,
         eps: float = 1e-8,

@@ -55,6 +55,7 @@ OPTIMIZER_OPTIONS: dict[str, Rule] = {
     "loss_lower_bound": _number_or(BOUND_RULES),
     "lower_bound_fraction": _number(lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "lower_bound_horizon": _number(lambda x: x >= 1, "a number of steps >= 1"),
+    "lower_bound_slack": _number(lambda x: x >= 0, "a finite number >= 0"),
     "momentum": _number(lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "beta2": _number(lambda x: 0 <= x < 1, "a number in [0, 1)"),
     "eps": _number(lambda x: x > 0, "a finite number > 0"),
@@ -76,7 +77,12 @@ PARAMETER_OPTIONS: dict[str, Rule] = {
 }
 """What may differ between groups, or, given as a list, between the parameters of a group."""
 
-LOWER_BOUND_OPTIONS = ("loss_lower_bound", "lower_bound_fraction", "lower_bound_horizon")
+LOWER_BOUND_OPTIONS = (
+    "loss_lower_bound",
+    "lower_bound_fraction",
+    "lower_bound_horizon",
+    "lower_bound_slack",
+)
 
 METHOD_OPTIONS = ("descent", "product_norm", "momo", "norm")
 """What makes a method: a checkpoint that differs in one of these belongs to another optimizer."""

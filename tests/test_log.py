@@ -44,14 +44,19 @@ def test_a_loss_below_the_bound_of_a_rule_is_nothing_to_warn_of(caplog, rule):
     assert warnings == []
 
 
-@pytest.mark.parametrize("rule", ["auto", "relative"])
 @pytest.mark.parametrize("losses", [[0.0, -1.0], [-2.0, -1.0]])
-def test_where_a_rule_knows_no_bound_nothing_is_truncated_and_that_is_said(caplog, rule, losses):
-    metrics, warnings = log_of(losses, caplog, loss_lower_bound=rule)
+def test_where_a_rule_knows_no_bound_nothing_is_truncated_and_that_is_said(caplog, losses):
+    metrics, warnings = log_of(losses, caplog, loss_lower_bound="relative")
     assert [row["step_size"] for row in metrics] == pytest.approx([0.1, 0.1])
     assert all("loss_lower_bound" not in row and row["truncation_rate"] == 0 for row in metrics)
     assert len(warnings) == 1
-    assert f"loss_lower_bound={rule} knows no bound" in warnings[0]
+    assert "loss_lower_bound=relative knows no bound" in warnings[0]
+
+
+def test_auto_has_a_bound_below_a_loss_that_is_not_above_zero(caplog):
+    metrics, warnings = log_of([-2.0, -1.0], caplog, loss_lower_bound="auto")
+    assert [row["loss_lower_bound"] for row in metrics] == pytest.approx([-2.5, -2.4])
+    assert warnings == []
 
 
 def test_a_negative_loss_is_below_what_star_assumes(caplog):

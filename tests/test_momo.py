@@ -88,13 +88,13 @@ def test_a_truncated_step_lowers_the_model_to_the_bound(descent):
 
 def test_a_number_is_the_bound_whatever_happens():
     assert follow(Fixed(0.5), [(2.0, 3.0, 1.0, 0.1), (0.1, 0.2, 0.5, 9.0)]) == [(0.5, 1.0)] * 2
-    assert lower_bound(-2.0, 0.7, 10) == Fixed(-2.0)
+    assert lower_bound(-2.0, 0.7, 10, 0.5) == Fixed(-2.0)
 
 
 def test_the_names_of_the_rules():
-    assert isinstance(lower_bound("star", 0.7, 10), Star)
-    assert lower_bound("relative", 0.6, 20) == Relative(0.6, 20)
-    assert lower_bound("auto", 0.6, 20) == Scheduled(0.6, 20)
+    assert isinstance(lower_bound("star", 0.7, 10, 0.5), Star)
+    assert lower_bound("relative", 0.6, 20, 0.5) == Relative(0.6, 20)
+    assert lower_bound("auto", 0.6, 20, 0.5) == Scheduled(0.6, 20, 0.5)
     assert set(BOUND_RULES) == {"star", "relative", "auto"}
 
 
@@ -108,23 +108,30 @@ def test_star_is_the_model_at_the_last_step_less_half_of_what_that_step_took_fro
 STEPS = [(8.0, 7.0, 0.2, 1.0), (4.0, 7.0, 0.4, 1.0), (0.0, 7.0, 0.1, 1.0), (0.0, 7.0, 0.0, 1.0)]
 
 
-@pytest.mark.parametrize("rule", [Relative(0.5, 4), Scheduled(0.5, 4)])
+@pytest.mark.parametrize("rule", [Relative(0.5, 4), Scheduled(0.5, 4, 0.5)])
 def test_a_fraction_of_a_running_mean_of_the_loss_that_starts_at_the_first(rule):
     assert bounds(rule, STEPS) == pytest.approx([4.0, 3.5, 2.625, 1.96875])
 
 
-@pytest.mark.parametrize("rule", [Relative(0.7, 10), Scheduled(0.7, 10)])
+@pytest.mark.parametrize("rule", [Relative(0.7, 10), Scheduled(0.7, 10, 0.0)])
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_it_has_no_scale_of_its_own(rule, scale):
+def test_without_a_slack_it_has_no_scale_of_its_own(rule, scale):
     scaled = [(scale * loss, scale * model, lr, scale * decrease) for loss, model, lr, decrease in STEPS]
     assert bounds(rule, scaled) == pytest.approx([scale * x for x in bounds(rule, STEPS)])
 
 
+def test_auto_stays_a_slack_below_the_mean_also_where_a_fraction_of_it_is_less():
+    losses = [10.0, 2.0, 0.25, -2.0, -10.0]  # with a horizon of one step the mean is the last loss
+    steps = [(loss, 7.0, 0.1, 1.0) for loss in losses]
+    assert bounds(Scheduled(0.8, 1, 0.5), steps) == pytest.approx([8.0, 1.5, -0.25, -2.5, -12.0])
+    assert bounds(Scheduled(0.8, 1, 0.0), steps) == pytest.approx([8.0, 1.6, 0.2, -2.4, -12.0])
+
+
 def test_auto_goes_as_much_less_far_as_the_schedule_has_come_down_from_its_peak():
-    assert [part for _, part in follow(Scheduled(0.5, 4), STEPS)] == pytest.approx([1.0, 1.0, 0.25, 0.0])
+    assert [part for _, part in follow(Scheduled(0.5, 4, 0.5), STEPS)] == pytest.approx([1.0, 1.0, 0.25, 0.0])
     assert [part for _, part in follow(Relative(0.5, 4), STEPS)] == [1.0] * 4
 
 
 def test_a_schedule_that_starts_at_zero_is_no_nan():
     warming_up = [(8.0, 7.0, 0.0, 0.0), (8.0, 7.0, 0.1, 0.0)]
-    assert [part for _, part in follow(Scheduled(0.5, 4), warming_up)] == [1.0, 1.0]
+    assert [part for _, part in follow(Scheduled(0.5, 4, 0.5), warming_up)] == [1.0, 1.0]
