@@ -94,6 +94,7 @@ def prepare_study(storage: str, name: str, suite: Suite, processes: int) -> optu
         from sweeping import suite_checks  # imports torch and transformers
 
         suite_checks.check_suite(suite, processes)
+        suite_checks.check_model(suite)
         study.set_user_attr("id", uuid.uuid4().hex)
         study.set_user_attr("suite", suite.to_dict())
     return study

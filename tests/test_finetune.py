@@ -24,6 +24,7 @@ from transformers import (
 
 from finetuning import causal, default_run, docstrings, presets
 from finetuning.class_metrics import AccuracyAndMacroF1
+from finetuning.domains import read_domains
 from finetuning.finetune_options import ARGUMENT_TYPES
 from sweeping.execution import as_arguments, recipe_flags
 from sweeping.suite import load_suite
@@ -307,6 +308,18 @@ def test_no_held_out_docstring_is_trained_on(monkeypatch):
         assert set(part["label"]) == {"torch", "transformers"}
         assert len(set(part["text"])) == len(part)
         assert min(map(len, part["text"])) > 80
+
+
+def test_the_domains_are_docstrings_and_as_many_verses(monkeypatch):
+    monkeypatch.setattr(docstrings, "CHARACTERS", 40_000)
+    train_part, held_out = read_domains()
+    assert not set(train_part["text"]) & set(held_out["text"])
+    for part in (train_part, held_out):
+        labels = part["label"]
+        assert labels.count("docstring") == labels.count("verse") > 0
+        assert min(map(len, part["text"])) > 80
+    verses = {row["text"] for row in train_part if row["label"] == "verse"}
+    assert all("\n" not in verse for verse in verses)
 
 
 @pytest.fixture

@@ -519,8 +519,10 @@ def test_bounds_are_written_shortly_and_numbers_come_first():
         {"loss_lower_bound": rule} | ({} if fraction is None else {"lower_bound_fraction": fraction})
         for rule, fraction in rules
     ]
+    options += [{"loss_lower_bound": "auto", "lower_bound_slack": slack} for slack in (0.5, 0.0)]
     names = [bound_name(values) for values in sorted(options, key=bound_order)]
-    assert names == ["0", "3.5", "10", "star", "relative 0.7", "auto 0.5", "auto 0.7"]
+    assert names[:4] == ["0", "3.5", "10", "star"]
+    assert names[4:] == ["relative 0.7", "auto slack 0", "auto slack 0.5", "auto 0.5", "auto 0.7"]
 
 
 def test_each_method_and_setting_has_a_panel(two_sizes):

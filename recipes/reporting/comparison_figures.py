@@ -74,7 +74,7 @@ def heat_maps(curves: Sequence[Curve]) -> Figure | None:
 def _heat_row(figure: Figure, pair: Sequence[Axes], name: str, curves: Sequence[Curve]) -> None:
     found = {tuple(row[option] for option in VARIANT_OPTIONS): row for row in variants(curves)}
     highest = max(row["highest_learning_rate"] for row in found.values())
-    best, regret = "best final loss (nats per token)", f"regret at learning rate {highest:g} (nats per token)"
+    best, regret = "best final loss (nats)", f"regret at learning rate {highest:g} (nats per token)"
     for axes, key, what in zip(pair, ("loss", "regret_at_highest"), (best, regret), strict=True):
         _heat_map(figure, axes, found, key, "\n".join(filter(None, (what, name))))
     pair[0].set_ylabel("descent, product norm")
@@ -135,7 +135,7 @@ def against_lower_bound(curves: Sequence[Curve]) -> Figure | None:
         used = [_bound_line(axes, by_bound, places, rate, rates, top) for rate in rates]
         axes.set_title(name, fontsize=8, pad=5 + ROW * len(rates) * any(used))
         axes.set_xticks(range(len(places)), places, rotation=60, ha="right", rotation_mode="anchor")
-    label_outer(figure, panels, "lower bound F* (nats per token, or a rule)", LOSS_LABEL)
+    label_outer(figure, panels, "lower bound F* (nats, or a rule)", LOSS_LABEL)
     handles = [handle(f"{rate:g}", color=_rate_colour(rate, rates), marker="o") for rate in rates]
     figure.legend(handles=handles, loc="outside right upper", title=RATE_LABEL)
     return figure

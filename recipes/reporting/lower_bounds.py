@@ -45,7 +45,7 @@ def bound_of(curve: Curve) -> str:
     return ", ".join([bound_name(curve.method_options), *others(curve.method_options)])
 
 
-def order(curve: Curve) -> tuple[tuple[int, float, str], str]:
+def order(curve: Curve) -> tuple[tuple[int, float, float, str], str]:
     """Sort numbers first, then the rules."""
     return bound_order(curve.method_options), bound_of(curve)
 

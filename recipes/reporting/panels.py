@@ -31,7 +31,7 @@ SHOWN_ABOVE_BEST = 0.6  # of the best loss: what is higher is marked at the top 
 COLUMNS = 3
 ROW = 5  # points between the rows of marks over the top edge
 TITLE_WIDTH = 34  # characters
-LOSS_LABEL, RATE_LABEL = "final validation loss (nats per token)", "learning rate"
+LOSS_LABEL, RATE_LABEL = "final validation loss (nats)", "learning rate"
 
 
 def save(path: Path, figure: Figure) -> None:

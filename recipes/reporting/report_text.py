@@ -77,9 +77,9 @@ def _head(summary: Summary) -> str:
             "what follows may change."
         )
     lines.append(
-        "Losses are in nats per token, over all of the validation part at the end of training. ± is the "
-        "sample standard deviation over seeds. A learning rate at which any seed diverged counts as an "
-        "infinite loss."
+        "Losses are in nats per token (of a classifier: per text), over all of the validation part at the "
+        "end of training. ± is the sample standard deviation over seeds. A learning rate at which any seed "
+        "diverged counts as an infinite loss."
     )
     if several_settings(summary):
         lines.append(

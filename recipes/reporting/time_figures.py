@@ -28,7 +28,7 @@ def training(curves: Sequence[Curve]) -> Figure | None:
     palette = looks(curves)
     for pair, chosen in zip(panels, rows, strict=True):
         _training_row(pair, sorted(chosen, key=by_family), palette)
-    label_outer(figure, panels.flatten().tolist(), "step", "loss (nats per token)")
+    label_outer(figure, panels.flatten().tolist(), "step", "loss (nats)")
     return figure
 
 

@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 from hf_noneuclid.methods import FREE_METHOD, METHODS, all_names, parse_options, resolve
 
 from finetuning import finetune_options
+from finetuning.finetune_options import DEFAULT_MODEL
 from sweeping.execution import FOLDER, as_arguments, recipe_flags
 from sweeping.suite import Suite
 from training import options
@@ -43,6 +44,20 @@ def check_suite(suite: Suite, processes: int) -> None:
         except _UsageError as error:
             raise InputError(f"{where}: {error}") from error
     _check_files(suite.options)
+
+
+def check_model(suite: Suite) -> None:
+    """Check that the model that a suite of fine-tuning starts from is there, if it is a local one.
+
+    Raises:
+        InputError: it has to be trained first.
+    """
+    named = any(suite.options.get(name) for name in ("model_name_or_path", "model_package"))
+    if suite.recipe == "finetune" and not named and not (Path(DEFAULT_MODEL) / "config.json").is_file():
+        raise InputError(
+            f"the suite starts from {DEFAULT_MODEL}, which is not there: run recipes/pretrain.py first, "
+            "or name another with --option model_name_or_path=..."
+        )
 
 
 def option_pairs(text: str) -> dict[str, str]:

