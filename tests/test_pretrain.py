@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import datasets
-import learning_rates
 import numpy as np
 import pretrain
 import pytest
@@ -468,88 +467,6 @@ def test_a_yaml_file_that_cannot_be_used(tmp_path, capsys):
 def test_a_stream_needs_a_number_of_steps(tmp_path, capsys, dataset_folder):
     flags = [f"--dataset_name={dataset_folder}", "--streaming", "--max_steps=-1"]
     assert "needs --max_steps" in refused(tmp_path, capsys, *flags)
-
-
-# ---------------------------------------------------------------- learning rates
-
-
-@pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    """Write the metrics of a run; no run that is missing may start."""
-    started = []
-
-    def start(command, **kwargs):
-        started.append(command)
-        kwargs["stdout"].write("ValueError: the last line of the log\n")
-        return subprocess.CompletedProcess(command, 1)
-
-    monkeypatch.setattr(learning_rates.subprocess, "run", start)
-
-    def prepare(method, rate, loss, flags=("--seed=1",)):
-        folder = tmp_path / method / rate
-        command = learning_rates.run_arguments(method, rate, folder, list(flags))
-        folder.mkdir(parents=True)
-        metrics = {"eval_loss": loss, "diverged": loss is None, "command": command, "config": {}}
-        (folder / "metrics.json").write_text(json.dumps(metrics))
-
-    prepare.started = started
-    return prepare
-
-
-def table(tmp_path, methods, rates):
-    arguments = ["--methods", *methods, "--learning_rates", *rates, "--output_dir", str(tmp_path)]
-    learning_rates.main([*arguments, "--", "--seed=1"])
-
-
-def test_the_table_of_runs_that_are_done(tmp_path, prepared, capsys):
-    for rate, muon, adamw in (("1e-3", 5.25, 4.5), ("1e-2", 4.75, None), ("1e-1", 10.5, 5.0)):
-        prepared("muon", rate, muon)
-        prepared("adamw_torch", rate, adamw)
-    table(tmp_path, ["muon", "adamw_torch"], ["1e-3", "1e-2", "1e-1"])
-    assert capsys.readouterr().out.splitlines() == [
-        "| learning rate | 1e-3 | 1e-2 | 1e-1 |",
-        "|---|---|---|---|",
-        "| muon | 5.2500 | **4.7500** | 10.5000 |",
-        "| adamw_torch | **4.5000** | diverged | 5.0000 |",
-    ]
-    assert not prepared.started
-
-
-def test_a_run_with_other_options_is_repeated_and_a_failure_is_reported(tmp_path, prepared, capsys):
-    prepared("muon", "1e-2", 4.5)
-    prepared("muon", "1e-1", 4.5, flags=["--seed=2"])
-    with pytest.raises(SystemExit) as caught:
-        table(tmp_path, ["muon"], ["1e-2", "1e-1"])
-    captured = capsys.readouterr()
-    assert caught.value.code == 1
-    assert "| muon | **4.5000** | failed |" in captured.out
-    assert "the last line of the log" in captured.err
-    (command,) = prepared.started
-    assert command[1:4] == [str(RECIPES / "pretrain.py"), "--optim", "muon"]
-    assert command[-1] == "--seed=1"
-
-
-def test_adam_runs_with_the_usual_betas():
-    arguments = learning_rates.run_arguments("adamw_torch", "1e-3", Path("x"), ["--adam_beta2", "0.99"])
-    args = options.parse(arguments)[2]
-    assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.99)
-    args = options.parse(learning_rates.run_arguments("adamw_torch", "1e-3", Path("x"), []))[2]
-    assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.95)
-
-
-def test_a_run_that_is_done_is_not_repeated(tmp_path, text_file, capsys):
-    """One run for real: what pretrain.py writes is what the table looks for."""
-    arguments = ["--methods", "muon", "--learning_rates", "1e-2", "--output_dir", str(tmp_path)]
-    arguments += ["--", *TINY, f"--train_files={text_file}", "--max_steps=1"]
-    learning_rates.main(arguments)
-    loss = json.loads((tmp_path / "muon" / "1e-2" / "metrics.json").read_text())["eval_loss"]
-    first = capsys.readouterr().out
-    assert f"| muon | **{loss:.4f}** |" in first
-    log = tmp_path / "muon" / "1e-2.log"
-    stamp = log.stat().st_mtime_ns
-    learning_rates.main(arguments)
-    assert capsys.readouterr().out == first
-    assert log.stat().st_mtime_ns == stamp
 
 
 # ---------------------------------------------------------------- two ranks
