@@ -164,8 +164,8 @@ def test_the_gain_by_momo_is_the_difference_of_the_basins(pair):
 
 
 def test_regret_is_zero_at_the_best_and_infinite_where_a_run_diverged():
-    assert measures.regret([5.0, 4.0, INF, None]) == [1.0, 0.0, INF, None]
-    assert measures.regret([None, INF]) == [None, None]
+    assert measures.regret([5.0, 4.0, INF, None], 1) == [1.0, 0.0, INF, None]
+    assert measures.regret([None, INF], None) == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -179,11 +179,11 @@ def test_regret_is_zero_at_the_best_and_infinite_where_a_run_diverged():
     ],
 )
 def test_robustness_is_the_largest_regret_within_a_decade(losses, expected):
-    assert measures.robustness(RATES, losses) == expected
+    assert measures.robustness(RATES, losses, measures.best_index(losses)) == expected
 
 
 def test_a_grid_with_nothing_near_a_decade_away_bounds_robustness_from_below():
-    assert measures.robustness([1e-3, 1e-2, 1.0], [5.0, 4.0, 4.2]) == (1.0, True)
+    assert measures.robustness([1e-3, 1e-2, 1.0], [5.0, 4.0, 4.2], 1) == (1.0, True)
 
 
 def test_three_times_ten_is_one_half_decade_step_more():
@@ -200,6 +200,18 @@ def test_best_loss_is_the_lowest_mean_over_seeds(pair):
     assert (best["learning_rate"], best["seeds"]) == (1e-2, 3)
     assert best["loss"] == pytest.approx(4.01)
     assert best["std"] == pytest.approx(0.01)  # of 4.00, 4.01, 4.02: the sample's
+
+
+def test_the_best_has_as_many_seeds_as_any_learning_rate():
+    """A single lucky seed far from the best would else be called the best."""
+    suite = make_suite({"method": ["muon"], "learning_rate": [1e-3, 1e-2, 1e-1]}, seeds=(0, 1))
+    losses = {(1e-3, 0): 4.5, (1e-2, 0): 4.1, (1e-2, 1): 4.3, (1e-1, 0): 4.4, (1e-1, 1): 4.6}
+    runs = [run for run in suite.runs() if (run.learning_rate, run.seed) in losses]
+    known = [ended(run, losses[run.learning_rate, run.seed]) for run in runs]
+    known[0] = replace(known[0], loss=4.0)
+    (curve,) = curves.build_curves(suite.runs(), known)
+    assert (curve.best.learning_rate, curve.best.loss) == (1e-2, pytest.approx(4.2))
+    assert curve.points[0].loss == 4.0
 
 
 def test_one_seed_has_no_deviation(tmp_path):

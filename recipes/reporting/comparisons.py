@@ -103,7 +103,7 @@ def variants(curves: Sequence[Curve]) -> list[dict[str, Any]]:
             "loss": curve.best.loss if curve.best else None,
             "learning_rate": curve.best.learning_rate if curve.best else None,
             "highest_learning_rate": curve.rates[-1],
-            "regret_at_highest": measures.regret(curve.losses)[-1],
+            "regret_at_highest": measures.regret(curve.losses, curve.best_place)[-1],
             "diverged_at_highest": bool(curve.points[-1].diverged),
         }
         for curve in curves

@@ -90,10 +90,16 @@ class Curve:
         return [point.loss for point in self.points]
 
     @property
+    def best_place(self) -> int | None:
+        """Which of the points with the most seeds has the lowest mean final loss: one seed may be lucky."""
+        finite = [point for point in self.points if not point.diverged]
+        most = max((len(point.done) for point in finite), default=0)
+        return best_index([point.loss if len(point.done) == most else None for point in self.points])
+
+    @property
     def best(self) -> Point | None:
-        """The point with the lowest mean final loss."""
-        index = best_index(self.losses)
-        return None if index is None else self.points[index]
+        """The point there."""
+        return None if self.best_place is None else self.points[self.best_place]
 
 
 def build_curves(wanted: Sequence[Run], results: Sequence[Result]) -> list[Curve]:

@@ -92,27 +92,30 @@ def best_index(losses: Losses) -> int | None:
     return min(finite, key=lambda i: losses[i], default=None)
 
 
-def regret(losses: Losses) -> list[float | None]:
-    """Return the loss minus the curve's own best, in nats per token, for each learning rate."""
-    best = best_index(losses)
+def regret(losses: Losses, best: int | None) -> list[float | None]:
+    """Return the loss minus that at the curve's best place, in nats, for each learning rate."""
     if best is None:
         return [None] * len(losses)
     return [None if loss is None else loss - losses[best] for loss in losses]
 
 
-def robustness(rates: Sequence[float], losses: Losses) -> tuple[float | None, bool]:
+def robustness(rates: Sequence[float], losses: Losses, best: int | None) -> tuple[float | None, bool]:
     """Return the largest regret within a decade of the curve's best learning rate, on either side.
+
+    Args:
+        rates: learning rates, rising.
+        losses: one for each.
+        best: place of the best one.
 
     Returns:
         Nats per token (infinity if a run there diverged, None without a best), and whether it may be larger:
         the grid has no point a decade away on one of the sides, or a hole before.
     """
-    best = best_index(losses)
     if best is None:
         return None, False
     offsets = [math.log10(rate / rates[best]) for rate in rates]
     inside = [i for i, offset in enumerate(offsets) if abs(offset) <= 1 + SAME_RATE]
-    worst = max(regret(losses)[i] or 0.0 for i in inside)
+    worst = max(regret(losses, best)[i] or 0.0 for i in inside)
     short = any(nearest(rates, factor * rates[best]) is None for factor in (0.1, 10))
     return worst, short or any(losses[i] is None for i in inside)
 

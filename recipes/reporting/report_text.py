@@ -79,7 +79,8 @@ def _head(summary: Summary) -> str:
     lines.append(
         "Losses are in nats per token (of a classifier: per text), over all of the validation part at the "
         "end of training. ± is the sample standard deviation over seeds. A learning rate at which any seed "
-        "diverged counts as an infinite loss."
+        "diverged counts as an infinite loss. The best is chosen among the learning rates with the most "
+        "seeds."
     )
     if several_settings(summary):
         lines.append(

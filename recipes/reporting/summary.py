@@ -73,8 +73,8 @@ def _run(result: Result) -> dict[str, Any]:
 
 
 def _curve(curve: Curve, best: float | None) -> dict[str, Any]:
-    worst, at_least = measures.robustness(curve.rates, curve.losses)
-    regrets = measures.regret(curve.losses)
+    worst, at_least = measures.robustness(curve.rates, curve.losses, curve.best_place)
+    regrets = measures.regret(curve.losses, curve.best_place)
     return {
         "label": curve.label,
         "method": curve.method,
@@ -123,7 +123,7 @@ def _regret_at(curve: Curve, factor: float) -> float | None:
     if curve.best is None:
         return None
     index = measures.nearest(curve.rates, factor * curve.best.learning_rate)
-    return None if index is None else measures.regret(curve.losses)[index]
+    return None if index is None else measures.regret(curve.losses, curve.best_place)[index]
 
 
 # ----------------------------------------------------------------------------------------- targets
