@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .diagnostics import FATAL_RUN
 
@@ -63,6 +66,7 @@ class StepLog:
             if now["loss_lower_bound"] is not None:
                 metrics["loss_lower_bound"] = now["loss_lower_bound"]
             self._warn_of_low_loss(now["loss"], now["loss_lower_bound"])
+        metrics.update(_spread(now["nuclear_norms"]))
         if since["bad_steps"]:
             logger.warning(
                 "%d of the last %d steps had a NaN or infinite loss or gradient and changed nothing.",
@@ -107,3 +111,16 @@ class StepLog:
             rule,
             bound,
         )
+
+
+def _spread(nuclear_norms: Mapping[str, float]) -> dict[str, float]:
+    """Three of all norms, since a curve for each matrix is more than can be looked at; empty without any."""
+    if not nuclear_norms:
+        return {}
+    norms = list(nuclear_norms.values())
+    # Unlike max() and sorted(), numpy's say NaN wherever one of the norms is NaN.
+    return {
+        "nuclear_norm_max": float(np.max(norms)),
+        "nuclear_norm_median": float(np.median(norms)),
+        "nuclear_norm_min": float(np.min(norms)),
+    }

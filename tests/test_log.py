@@ -1,4 +1,4 @@
-"""What the log says of the loss and its lower bound."""
+"""What the log says of the loss, its lower bound and the nuclear norms."""
 
 import logging
 
@@ -63,3 +63,26 @@ def test_a_negative_loss_is_below_what_star_assumes(caplog):
     _, warnings = log_of([1.0, -1.0], caplog, loss_lower_bound="star")
     assert len(warnings) == 1
     assert "is below loss_lower_bound=star" in warnings[0]
+
+
+def nuclear_norms_in_the_log(grad, norm):
+    """What is logged of them after one step of a parameter with this gradient."""
+    weight = torch.nn.Parameter(torch.zeros_like(grad))
+    group = {"params": [weight], "norm": norm}
+    optimizer = NonEuclideanDescent([group], 0.1, descent="regularized", product_norm="hybrid")
+    log = StepLog(optimizer)
+    weight.grad = grad
+    optimizer.step()
+    return {key: value for key, value in log.read(1).items() if key.startswith("nuclear_norm")}
+
+
+def test_the_largest_the_median_and_the_smallest_nuclear_norm_of_a_stack_are_logged():
+    stack = torch.tensor([2.0, 6.0, 1.0, 3.0]).view(4, 1, 1) * torch.eye(2, 3)
+    norms = nuclear_norms_in_the_log(stack, "spectral")
+    assert list(norms) == ["nuclear_norm_max", "nuclear_norm_median", "nuclear_norm_min"]
+    smallest = norms["nuclear_norm_min"]
+    assert [norm / smallest for norm in norms.values()] == pytest.approx([6.0, 2.5, 1.0], rel=1e-3)
+
+
+def test_without_a_matrix_no_nuclear_norm_is_logged():
+    assert nuclear_norms_in_the_log(torch.ones(6), "ada_l2") == {}
