@@ -168,7 +168,7 @@ def test_the_card_says_what_was_done(pushed):
         "cc0-1.0",
         "`product_norm` | hybrid",
         "`nuclear_norm` | exact",
-        "`loss_lower_bound` | 0.0",
+        "`loss_lower_bound` | auto",
         'AutoModelForCausalLM.from_pretrained("me/tiny")',
         "import hf_noneuclid",
         "2510.09827",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_noneuclid import NonEuclideanDescent
-from hf_noneuclid.methods import DEFAULT_MATRIX_LR_SCALE, FREE_METHOD, METHODS, canonical_name, parse_options
+from hf_noneuclid.methods import DEFAULT_MATRIX_LR_SCALE, canonical_name, parse_options, resolve
 from hf_noneuclid.options import LOWER_BOUND_OPTIONS, OPTIMIZER_OPTIONS
 
 from training.errors import InputError
@@ -101,15 +101,12 @@ class RunFacts:
             name = canonical_name(self.optimizer)
         except ValueError:
             return {}
-        given = parse_options(_pairs(self.options.get("optim_args")))
+        settings, tuning = resolve(name, **parse_options(_pairs(self.options.get("optim_args"))))
         signature = inspect.signature(NonEuclideanDescent.__init__).parameters
         defaults = {key: signature[key].default for key in OPTIMIZER_OPTIONS if key in signature}
         del defaults["lr"], defaults["spectral_scale"]  # the learning rate of the run, and matrix_lr_scale
-        if name != FREE_METHOD:
-            settings = METHODS[name]
-            fixed = {key: getattr(settings, key) for key in settings.__slots__}
-            defaults = {**defaults, **fixed}
-        values = {**defaults, "matrix_lr_scale": DEFAULT_MATRIX_LR_SCALE, **given}
+        fixed = {key: getattr(settings, key) for key in settings.__slots__}
+        values = {**defaults, **fixed, "matrix_lr_scale": DEFAULT_MATRIX_LR_SCALE, **tuning}
         values["weight_decay"] = self.options.get("weight_decay", values.get("weight_decay"))
         hidden = set() if values["momo"] else set(LOWER_BOUND_OPTIONS)
         return {"method": name, **{key: value for key, value in values.items() if key not in hidden}}
