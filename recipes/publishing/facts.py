@@ -19,7 +19,8 @@ DESCRIPTION = {
     *("seconds", "steps", "tokens", "parameters", "trained_parameters"),
     *("diverged_at", "best_eval_step"),
 }
-NESTED_DESCRIPTION = {"corpus", "hardware", "versions", "options", "config"}
+# "after" repeats what stands beside it.
+NESTED_DESCRIPTION = {"corpus", "hardware", "versions", "options", "config", "after"}
 CLASSIFIER = "ForSequenceClassification"
 
 
