@@ -182,7 +182,8 @@ class Scheduled(Relative):
 
     def _below(self, mean: Tensor) -> Tensor:
         below = torch.where(mean > 0, self.fraction * mean, (2 - self.fraction) * mean)
-        return torch.minimum(below, mean - self.slack)
+        # A loss that is NaN makes the step a bad one, whatever the bound.
+        return torch.where(mean.isnan(), NO_BOUND, torch.minimum(below, mean - self.slack))
 
     def _peak(self, memory: Tensor, seen: Seen) -> Tensor:
         return torch.maximum(memory[1], seen.learning_rate)

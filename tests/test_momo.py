@@ -1,11 +1,14 @@
 """The truncated step size."""
 
+import math
+
 import pytest
 import torch
 
 from hf_noneuclid.momo import (
     BOUND_RULES,
     DESCENTS,
+    NO_BOUND,
     Fixed,
     Relative,
     Scheduled,
@@ -125,6 +128,11 @@ def test_auto_stays_a_slack_below_the_mean_also_where_a_fraction_of_it_is_less()
     steps = [(loss, 7.0, 0.1, 1.0) for loss in losses]
     assert bounds(Scheduled(0.8, 1, 0.5), steps) == pytest.approx([8.0, 1.5, -0.25, -2.5, -12.0])
     assert bounds(Scheduled(0.8, 1, 0.0), steps) == pytest.approx([8.0, 1.6, 0.2, -2.4, -12.0])
+
+
+@pytest.mark.parametrize("rule", [Relative(0.5, 4), Scheduled(0.5, 4, 0.5)])
+def test_a_loss_that_is_nan_has_no_bound(rule):
+    assert bounds(rule, [(8.0, 7.0, 0.1, 1.0), (math.nan, 7.0, 0.1, 1.0)]) == pytest.approx([4.0, NO_BOUND])
 
 
 def test_auto_goes_as_much_less_far_as_the_schedule_has_come_down_from_its_peak():
