@@ -15,6 +15,7 @@ import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from .diagnostics import DivergedError
 from .methods import METHODS, create_optimizer
 from .optimizer import NonEuclideanDescent
 from .options import one_group
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "METHODS",
+    "DivergedError",
     "NonEuclidTrainer",
     "NonEuclidTrainerMixin",
     "NonEuclideanDescent",

@@ -18,6 +18,25 @@ FATAL_RUN = 10
 _STEPS, _BAD, _RUN, _TRUNCATED, _FATAL = range(5)
 
 
+class DivergedError(RuntimeError):
+    """The training cannot go on: ten steps in a row had a NaN or infinite loss or gradient.
+
+    Args:
+        first_step: Of them, counted from the start of the run.
+    """
+
+    def __init__(self, first_step: int) -> None:
+        super().__init__(
+            "ten steps in a row had a NaN or infinite loss or gradient, the first of them step "
+            f"{first_step}; none of them changed a parameter. Look for the cause in the data of that step, "
+            "lower the learning rate, or train in a wider number format; the last checkpoint is sound."
+        )
+        self.first_step = first_step
+
+    def __reduce__(self) -> tuple[type[DivergedError], tuple[int]]:
+        return type(self), (self.first_step,)  # by default it would be made again from the message
+
+
 class StepCounter:
     """Counts steps, bad steps and truncated steps on the device, since the optimizer was made."""
 

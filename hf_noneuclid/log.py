@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .diagnostics import FATAL_RUN
+from .diagnostics import FATAL_RUN, DivergedError
 
 if TYPE_CHECKING:
     from .optimizer import NonEuclideanDescent
@@ -52,7 +52,7 @@ class StepLog:
         """Metrics for the log; empty before the first step.
 
         Raises:
-            RuntimeError: Ten steps in a row were bad.
+            DivergedError: Ten steps in a row were bad.
         """
         now = self._optimizer.diagnostics()
         if not now:
@@ -81,12 +81,7 @@ class StepLog:
         if not first or first + FATAL_RUN - 1 <= self._began:
             return
         # The optimizer counts from its own start, the Trainer from that of the run.
-        raise RuntimeError(
-            "ten steps in a row had a NaN or infinite loss or gradient, the first of them step "
-            f"{first + global_step - now['steps']}; none of them changed a parameter. Look for the cause in "
-            "the data of that step, lower the learning rate, or train in a wider number format; the last "
-            "checkpoint is sound."
-        )
+        raise DivergedError(first + global_step - now["steps"])
 
     def _warn_of_low_loss(self, loss: float, bound: float | None) -> None:
         rule = self._optimizer.param_groups[0]["loss_lower_bound"]

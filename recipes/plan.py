@@ -21,6 +21,7 @@ from hf_noneuclid.options import NUCLEAR_NORMS
 
 from costs.engine_costs import DTYPES, ENGINE_SENT, MODEL_STATE, plan_row
 from costs.layout_costs import ENGINES, Costs, Shapes, grid_of, shapes_of
+from training.errors import ExitCode
 
 MODELS = {
     "gpt2": GPT2Config(),
@@ -217,7 +218,7 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 def _fail(message: str) -> NoReturn:
     print(f"plan.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(ExitCode.BAD_INPUT)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -19,10 +19,8 @@ from publishing.checks import check_repository
 from publishing.facts import RunFacts
 from publishing.hub import ORIGIN_FILE, Repository, origin_of, push_command
 from publishing.model import push_folder
-from training.errors import InputError, PushError
+from training.errors import ExitCode, InputError, PushError
 from training.secrets import redact_arguments, scrub
-
-EXIT_BAD_INPUT, EXIT_NOT_PUSHED = 2, 4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             publish_study(args, push_command(*redact_arguments(argv)))
     except InputError as error:
-        _stop(error, EXIT_BAD_INPUT)
+        _stop(error, ExitCode.BAD_INPUT)
     except PushError as error:
-        _stop(error, EXIT_NOT_PUSHED)
+        _stop(error, ExitCode.NOT_PUSHED)
 
 
 def publish_folder(args: argparse.Namespace) -> None:
@@ -103,7 +101,7 @@ def _boolean(text: str) -> bool:
         raise argparse.ArgumentTypeError(f"true or false, not {text!r}") from None
 
 
-def _stop(error: Exception, code: int) -> None:
+def _stop(error: Exception, code: ExitCode) -> None:
     print(f"publish.py: error: {scrub(str(error))}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -19,7 +19,7 @@ from reporting.report_text import markdown
 from reporting.summary import FINISHED, summarise
 from sweeping.study import Result, default_storage, open_study, results, suite_of
 from sweeping.suite import Suite
-from training.errors import InputError
+from training.errors import ExitCode, InputError
 from training.files import finite, write_whole
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = report(suite_of(study), results(study), args.output_dir or args.study / "report")
     except InputError as error:
         print(f"report.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(ExitCode.BAD_INPUT) from None
     print(path)
 
 

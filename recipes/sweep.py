@@ -32,9 +32,8 @@ from sweeping.suite import Suite, load_suite
 from sweeping.sweep_folder import check_folder
 from sweeping.trial_queue import TrialQueue
 from sweeping.worker import run_worker
-from training.errors import InputError
+from training.errors import ExitCode, InputError
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 ROOT = Path(__file__).parents[1]
 WITHOUT_SHARDS = ("NO", "MULTI_GPU", "MULTI_CPU")
 REFRESH = 2.0  # seconds between looks at the study
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = sweep(args)
     except (InputError, OSError, optuna.exceptions.StorageInternalError) as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
-        code = EXIT_BAD_INPUT
+        code = ExitCode.BAD_INPUT
     if code:
         raise SystemExit(code)
 
@@ -77,8 +76,8 @@ def sweep(args: argparse.Namespace) -> int:
     print(summary(found), file=sys.stderr)
     if interrupted:
         print("Interrupted. Start again with the same command to go on.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return EXIT_FAILED if any(result.state == "failed" for result in found) else 0
+        return ExitCode.INTERRUPTED
+    return ExitCode.FAILED if any(result.state == "failed" for result in found) else 0
 
 
 def prepare_study(storage: str, name: str, suite: Suite, processes: int) -> optuna.Study:

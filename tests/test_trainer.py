@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from transformers import (
 )
 
 import hf_noneuclid
-from hf_noneuclid import METHODS, NonEuclideanDescent, NonEuclidTrainer, NonEuclidTrainerMixin
+from hf_noneuclid import METHODS, DivergedError, NonEuclideanDescent, NonEuclidTrainer, NonEuclidTrainerMixin
 from hf_noneuclid.methods import all_names
 from hf_noneuclid.trainer import find_optimizer, observe_all_accelerators
 
@@ -744,8 +745,10 @@ def test_ten_nan_losses_in_a_row_stop_the_training_at_the_next_log(arguments, tr
     trainer = trainer_class(
         gpt2(), args, train_dataset=sequences(), compute_loss_func=nan_in_call(*range(3, 21))
     )
-    with pytest.raises(RuntimeError, match=r"ten steps in a row .* step 3;"):
+    with pytest.raises(DivergedError, match=r"ten steps in a row .* step 3;") as caught:
         trainer.train()
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (caught.value.first_step, again.first_step, str(again)) == (3, 3, str(caught.value))
     assert trainer.state.global_step == (15 if logging_steps == 5 else 20)
 
 
@@ -766,7 +769,7 @@ def test_the_first_bad_step_of_a_resumed_run_is_counted_from_its_start(arguments
     trainer = trainer_class(
         gpt2(), args, train_dataset=sequences(), compute_loss_func=nan_in_call(*range(3, 31))
     )
-    with pytest.raises(RuntimeError, match=r"ten steps in a row .* step 7;"):
+    with pytest.raises(DivergedError, match=r"ten steps in a row .* step 7;"):
         trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-4")
     assert trainer.state.global_step == 16
 

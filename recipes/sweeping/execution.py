@@ -17,10 +17,9 @@ import psutil
 from sweeping.suite import Run, Suite, as_text
 from sweeping.sweep_folder import can_resume, check_folder, delete_weights, log_of, read_log, run_folder, tail
 from sweeping.trial_queue import Outcome
-from training.errors import InputError
+from training.errors import ExitCode, InputError
 
 FOLDER = Path(__file__).parents[1]
-EXIT_BAD_INPUT = 2  # of the recipes
 PATIENCE = 10.0  # seconds between asking a process to end and ending it
 LOOK = 0.2  # seconds between looks at the process
 
@@ -189,7 +188,7 @@ class Executor:
             path.unlink(missing_ok=True)  # a retry should not take it for its own
             check_folder(self.output_dir)  # a full disk would fail every run
             reason = f"exit code {code}; the end of {log}:\n{tail(log)}"
-            refused = code == EXIT_BAD_INPUT or f"{self.suite.recipe}.py: error: " in read_log(log)
+            refused = code == ExitCode.BAD_INPUT or f"{self.suite.recipe}.py: error: " in read_log(log)
             return Outcome("refused" if refused else "failed", seconds=seconds, metrics={"reason": reason})
         metrics = json.loads(path.read_text(encoding="utf-8"))
         history = json.loads((folder / "history.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from training.errors import InputError
+from training.errors import ExitCode, InputError
 from training.hub_options import HubArguments
 from training.secrets import scrub
 
@@ -227,7 +227,7 @@ class _Parser(HfArgumentParser):
     """The Trainer's usage text is several pages: an error is one message."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {scrub(message)} (--help lists every option)\n")
+        self.exit(ExitCode.BAD_INPUT, f"{self.prog}: error: {scrub(message)} (--help lists every option)\n")
 
 
 def parse(

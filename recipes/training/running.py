@@ -1,7 +1,6 @@
 """What every recipe does with its Trainer: start, check, train, save."""
 
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from transformers import PreTrainedModel, Trainer
 
+from hf_noneuclid import DivergedError
+
 from publishing.trainer import HubTrainerMixin
-from training.errors import DivergedError, InputError, PushError
+from training.errors import ExitCode, InputError, PushError
 from training.options import RecipeArguments, parse, read_config
 from training.results import count_parameters, write_metrics
 from training.secrets import redact_arguments, scrub
-
-EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_NOT_PUSHED = 2, 3, 4
-DIVERGED = "in a row had a NaN or infinite"  # hf_noneuclid's word for a run that cannot go on
 
 
 def start(
@@ -37,16 +35,16 @@ def start(
     try:
         run(*options, invocation={"recipe": recipe, **shown})
     except InputError as error:
-        stop(recipe, f"error: {error}", EXIT_BAD_INPUT)
+        stop(recipe, f"error: {error}", ExitCode.BAD_INPUT)
     except DivergedError as error:
-        stop(recipe, str(error), EXIT_DIVERGED)
+        stop(recipe, f"diverged: {error}", ExitCode.DIVERGED)
     except PushError as error:
-        stop(recipe, f"error: {error}", EXIT_NOT_PUSHED)
+        stop(recipe, f"error: {error}", ExitCode.NOT_PUSHED)
     if dist.is_initialized():  # not before the Trainer is gone: destroying its DDP model afterwards can hang
         dist.destroy_process_group()
 
 
-def stop(recipe: str, message: str, code: int) -> NoReturn:
+def stop(recipe: str, message: str, code: ExitCode) -> NoReturn:
     """End the process with a message in place of a traceback."""
     print(f"{recipe}: {scrub(message)}", file=sys.stderr)
     raise SystemExit(code)
@@ -77,16 +75,13 @@ def train(trainer: Trainer, checkpoint: str | None, invocation: dict[str, Any]) 
         print(f"{parameters:,} parameters, vocabulary of {len(trainer.processing_class):,}")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except RuntimeError as error:
-        if DIVERGED not in str(error):
-            raise
+    except DivergedError as error:
         if trainer.is_world_process_zero():
-            folder, reason = Path(trainer.args.output_dir), str(error)
-            step = re.search(r"the first of them step (\d+)", reason)
-            outcome = {"eval_loss": None, "diverged": True, "diverged_at": step and int(step[1])}
+            folder = Path(trainer.args.output_dir)
+            outcome = {"eval_loss": None, "diverged": True, "diverged_at": error.first_step}
             write_metrics(folder / "history.json", trainer.state.log_history)
-            write_metrics(folder / "metrics.json", {**outcome, "reason": reason, **invocation})
-        raise DivergedError(f"diverged: {error}") from error
+            write_metrics(folder / "metrics.json", {**outcome, "reason": str(error), **invocation})
+        raise
 
 
 def save_model(trainer: Trainer) -> None:
