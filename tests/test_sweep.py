@@ -26,7 +26,7 @@ from sweeping.suite import load_suite
 from sweeping.sweep_folder import can_resume, check_folder, run_folder
 from sweeping.trial_queue import Outcome, TrialQueue
 from sweeping.worker import run_worker
-from training.errors import InputError
+from training.errors import ExitCode, InputError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -554,6 +554,37 @@ def test_a_suite_that_starts_from_the_default_model_wants_it_first(tmp_path, cap
     assert caught.value.code == 2
     assert "outputs/pretrain, which is not there: run recipes/pretrain.py first" in capsys.readouterr().err
     assert not list(tmp_path.glob("outputs/*/runs"))
+
+
+SECRET = "a-secret-of-the-environment"
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({}, ["--option=hub_token=quux"]),
+        ({}, ["--option=hub_token=9876543210"]),
+        ({}, [f"--option=hub_model_id=me/{SECRET}"]),
+        ({}, [f"--option=hub_model_id=hf_{'a1' * 12}"]),
+        ({"options": {**TINY["options"], "api_key": "quux"}}, []),
+        ({"grid": [{**TINY["grid"][0], "options": {"hub_token": ["quux", "corge"]}}]}, []),
+        ({"grid": [{**TINY["grid"][0], "options": {"run_name": [f"of {SECRET}"]}}]}, []),
+        ({"per_method": {"muon": {"hub_token": "quux"}}}, []),
+    ],
+)
+def test_a_secret_among_the_options_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, changes, flags
+):
+    monkeypatch.setenv("SOME_PASSWORD", SECRET)
+    path, out = write(tmp_path, **changes), tmp_path / "out"
+    with pytest.raises(SystemExit) as caught:
+        sweep.main([f"--suite={path}", f"--output_dir={out}", *flags])
+    assert caught.value.code == ExitCode.BAD_INPUT
+    error = capsys.readouterr().err
+    assert "set HF_TOKEN in the environment" in error
+    assert not any(secret in error for secret in ("quux", "corge", "9876543210", "a1a1", SECRET))
+    assert not out.exists()
+    assert load_suite(write(tmp_path), {"mask_token": "abc", "weight_decay": math.nan})
 
 
 def test_a_dry_run_shows_every_command_and_its_cost_and_writes_nothing(tmp_path, capsys):

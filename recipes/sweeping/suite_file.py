@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from training.errors import InputError
+from training.secrets import holds_secret
 
 Scalar = str | int | float | bool | None
 
@@ -109,6 +110,11 @@ def _flags(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: {key} is set by the sweep for every run; leave it out")
         if flags[key] == REQUIRED:
             raise InputError(f"{where}: {key} must be given: --option {key}=...")
+        if holds_secret(str(key), flags[key]):
+            raise InputError(
+                f"{where}: {key} holds a secret, which the study would keep for all to read: leave it out, "
+                "and set HF_TOKEN in the environment of sweep.py instead"
+            )
     return {str(key): value for key, value in flags.items()}
 
 

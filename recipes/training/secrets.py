@@ -41,6 +41,11 @@ def scrub(value: Any) -> Any:
     return _scrub(value, known_secrets())
 
 
+def holds_secret(name: str, value: Any) -> bool:
+    """Say whether an option is a secret, by its name, or has a known one in its value."""
+    return _names_secret(name) or scrub([value]) != [value]  # in lists NaN is equal to itself
+
+
 def known_secrets() -> list[str]:
     """Return the secrets that this process can know: the Hub's token, and those of the environment."""
     named = [value for name, value in os.environ.items() if _names_secret(name)]
