@@ -33,7 +33,14 @@ from finetuning.tasks import Task, prepare
 from publishing.checks import check_hub
 from publishing.model import push
 from training.packing import spread
-from training.results import describe_corpus, describe_run, plot_curves, sample, write_metrics
+from training.results import (
+    count_parameters,
+    describe_corpus,
+    describe_run,
+    plot_curves,
+    sample,
+    write_metrics,
+)
 from training.run_folder import delete_run, find_checkpoint
 from training.running import RecipeTrainer, check_optimizer, first_bad_step, save_model, start, train
 
@@ -119,13 +126,12 @@ def write_results(trainer: Trainer, task: Task, after: dict[str, float], facts: 
     before, metrics = recall(history, BEFORE), describe_run(trainer, after["loss"])
     if metrics["diverged"]:
         metrics["diverged_at"] = first_bad_step(history)
-    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     more = {
         **{name: value for name, value in after.items() if name != "loss"},
         "before": before,
         "after": after,
         "tokens": trainer.state.num_input_tokens_seen,
-        "trained_parameters": trained,
+        "trained_parameters": count_parameters(trainer.model, trained_only=True),
         "corpus": describe_corpus(task.data),
         **({"classes": task.names} if task.names else {}),
     }

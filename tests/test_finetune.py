@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import finetune
+import gguf
 import pytest
 import torch
 from peft import PeftModel
@@ -216,6 +217,70 @@ def test_a_model_in_an_installed_package(tmp_path, base, texts, monkeypatch):
     finetune.main([*QUICK, *flags, f"--output_dir={tmp_path / 'out'}"])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["before"] == metrics["after"]
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def interleave(weight, heads):
+    """The rows of a query or key projection in llama.cpp's order: halves of a head, rotated as pairs."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, tokenizer):
+    """A Llama of one layer with its tokenizer, as llama.cpp's converter writes them; returns the model."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, **heads}
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, **tokens, max_position_embeddings=64, tie_word_embeddings=False)
+    )
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(parts["vocab"], key=parts["vocab"].get))
+    writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(tokenizer) - 1))
+    writer.add_token_merges([" ".join(merge) for merge in parts["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+    for name, weight in model.state_dict().items():
+        for projection, count in (("q_proj", 4), ("k_proj", 2)):
+            weight = interleave(weight, count) if projection in name else weight
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_gguf_file_is_fine_tuned_into_a_model_of_its_own(tmp_path, tokenizer, pairs, lora_rank):
+    (tmp_path / "base").mkdir()
+    original = write_gguf(tmp_path / "base" / "tiny.gguf", tokenizer)
+    flags = [*PROMPTS, f"--train_files={pairs}", f"--validation_files={pairs}", f"--lora_rank={lora_rank}"]
+    out = tmp_path / "out"
+    metrics = train(out, tmp_path / "base", "causal_lm", *flags, "--gguf_file=tiny.gguf")
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    before = response_loss(original.eval(), tokenizer, rows, 48)
+    after = response_loss(
+        AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out), rows, 48
+    )
+    assert metrics["before"]["loss"] == pytest.approx(before, rel=1e-5)
+    assert metrics["after"]["loss"] == pytest.approx(after, rel=1e-5)
+    assert after < before
+    assert not list(out.glob("adapter_*"))
 
 
 # ---------------------------------------------------------------- LoRA

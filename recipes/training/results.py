@@ -42,9 +42,10 @@ def summarise(evaluation: EvalPrediction) -> dict[str, float]:
     return {"loss": loss, "perplexity": perplexity(loss)}
 
 
-def count_parameters(model: torch.nn.Module) -> int:
+def count_parameters(model: torch.nn.Module, trained_only: bool = False) -> int:
     """Count the parameters as the model has them, whole: of what ZeRO-3 has taken away, too."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    counted = (weight for weight in model.parameters() if weight.requires_grad or not trained_only)
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in counted)
 
 
 def collect_metrics(trainer: Trainer, final_loss: float, data: Data) -> dict[str, Any]:
