@@ -547,6 +547,15 @@ def test_each_method_and_setting_has_a_panel(two_sizes):
         assert drawn[0].get_ylim() == drawn[1].get_ylim() != drawn[2].get_ylim()
 
 
+def test_a_figure_near_zero_shows_most_losses():
+    """The best may be a tiny part of all others; a loss far above is still left out."""
+    suite = make_suite({"method": ["muon"], "learning_rate": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]})
+    losses = dict(zip([run.key for run in suite.runs()], [1e-9, 0.01, 0.02, 0.03, 9.0], strict=True))
+    known = [ended(run, losses[run.key]) for run in suite.runs()]
+    low, top = panels.loss_range(curves.build_curves(suite.runs(), known))
+    assert low < 0 < 0.03 < top < 0.05
+
+
 # ---------------------------------------------------------------- the report as a whole
 
 

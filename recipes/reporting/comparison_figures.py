@@ -74,7 +74,7 @@ def heat_maps(curves: Sequence[Curve]) -> Figure | None:
 def _heat_row(figure: Figure, pair: Sequence[Axes], name: str, curves: Sequence[Curve]) -> None:
     found = {tuple(row[option] for option in VARIANT_OPTIONS): row for row in variants(curves)}
     highest = max(row["highest_learning_rate"] for row in found.values())
-    best, regret = "best final loss (nats)", f"regret at learning rate {highest:g} (nats per token)"
+    best, regret = "best final loss (nats)", f"regret at learning rate {highest:g} (nats)"
     for axes, key, what in zip(pair, ("loss", "regret_at_highest"), (best, regret), strict=True):
         _heat_map(figure, axes, found, key, "\n".join(filter(None, (what, name))))
     pair[0].set_ylabel("descent, product norm")

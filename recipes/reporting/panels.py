@@ -122,9 +122,10 @@ def label_outer(figure: Figure, panels: Sequence[Axes], below: str, beside: str)
 def loss_range(curves: Iterable[Curve]) -> tuple[float, float]:
     """Return the range of the losses to show, of the curves of a setting."""
     points = [point for curve in curves for point in curve.points if is_finite(point)]
-    losses = [loss for point in points for loss in point.losses]
-    lowest, highest = min(losses), max(losses)
-    top = min(highest, lowest + SHOWN_ABOVE_BEST * abs(lowest))
+    losses = sorted(loss for point in points for loss in point.losses)
+    lowest, highest = losses[0], losses[-1]
+    most = losses[3 * (len(losses) - 1) // 4]  # near zero the best may be a tiny part of all others
+    top = min(highest, max(most, lowest + SHOWN_ABOVE_BEST * abs(lowest)))
     margin = 0.05 * (top - lowest) or 0.1
     return lowest - margin, top + margin
 
