@@ -13,8 +13,14 @@ from training.run_folder import run_files
 
 RECIPES = Path(__file__).parents[1]
 # Of the classifier, unless the command line says otherwise. The beginning of a docstring tells its library,
-# and many of them teach more than a few whole ones; a step has as many tokens as the language model's.
-CLASSIFIER = ("--block_size=64", "--per_device_train_batch_size=32", "--max_steps=100")
+# and many of them teach more than a few whole ones; a step has as many tokens as the language model's. Its
+# gradients are small, so that a learning rate that suits the language model would hardly move it.
+CLASSIFIER = (
+    "--block_size=64",
+    "--per_device_train_batch_size=32",
+    "--max_steps=100",
+    "--learning_rate=1e-2",
+)
 
 
 def run_default(argv: Sequence[str], model_args: FinetuneModelArguments, args: FinetuneArguments) -> None:
