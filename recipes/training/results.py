@@ -148,7 +148,7 @@ def plot_curves(path: Path, history: History) -> None:
         figure = Figure(figsize=(6.8, 2.6), layout="constrained")
         losses, rates = figure.subplots(1, 2)
         _draw(losses, history, {"loss": "training", "eval_loss": "evaluation"})
-        losses.set_ylabel("loss (nats per token)")
+        losses.set_ylabel("loss (nats)")
         _draw(rates, history, {"learning_rate": "learning rate", "step_size": "step size τ"})
         rates.set_ylabel("learning rate, step size")
         if any(value > 0 for value in series(history, "learning_rate")[1]):
