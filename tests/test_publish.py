@@ -143,6 +143,26 @@ def test_the_pushed_model_is_the_trained_one(pushed, tmp_path):
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
+def test_a_pushed_model_is_fine_tuned_and_its_adapter_pushed_in_turn(pushed, text_file, tmp_path):
+    hub, *_ = pushed
+    command = [sys.executable, RECIPES / "finetune.py", "--task=causal_lm", "--model_name_or_path=me/tiny"]
+    command += ["--use_cpu=true", "--lora_rank=2", f"--train_files={text_file}", "--block_size=32"]
+    command += ["--max_steps=2", "--sample_tokens=0", "--optim=muonmax_momo", "--output_dir=out"]
+    command += ["--push_to_hub", "--hub_model_id=tiny-lora"]
+    variables = environment(hub, tmp_path / "home", HF_TOKEN=GIVEN)
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    card = ModelCard(hub.files("models/me/tiny-lora")["README.md"].decode())
+    assert (card.data.base_model, card.data.library_name) == ("me/tiny", "peft")
+    row = " | ".join(f"{metrics[moment]['loss']:.6g}" for moment in ("before", "after"))
+    assert f"| result | before | after |\n|---|---|---|\n| eval_loss | {row} |" in card.text
+    load = card.text.partition("```python\n")[2].partition("```")[0]
+    code = f"{load}\nmodel(**tokenizer('and the king', return_tensors='pt'))"
+    variables = environment(hub, tmp_path / "empty")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, check=True, capture_output=True)
+
+
 def test_checkpoints_are_pushed_while_training_and_the_results_at_the_end(pushed):
     hub, _, output = pushed
     commits = hub.repos["models/me/tiny"].commits

@@ -120,9 +120,14 @@ def _summary(facts: RunFacts) -> str:
 
 
 def _results(facts: RunFacts) -> str:
-    rows = [(place, _number(value)) for place, value in facts.results().items()]
+    head, results = ("result", "value"), facts.results()
+    rows = [(name, _number(value)) for name, value in results.items()]
+    if facts.before:  # where eval_loss is called loss
+        head = ("result", "before", "after")
+        before = (_number(facts.before.get(name.removeprefix("eval_"))) for name in results)
+        rows = [(name, first, after) for (name, after), first in zip(rows, before, strict=True)]
     unit = "nats per token" if facts.task == "text-generation" else "nats"
-    return f"Losses are in {unit}.\n\n{table(('result', 'value'), rows)}"
+    return f"Losses are in {unit}.\n\n{table(head, rows)}"
 
 
 def _method(facts: RunFacts) -> str:
@@ -196,7 +201,9 @@ def _slug(name: str) -> str:
     return "-".join(words)[:96] or "corpus"
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 

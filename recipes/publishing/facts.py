@@ -19,8 +19,8 @@ DESCRIPTION = {
     *("seconds", "steps", "tokens", "parameters", "trained_parameters"),
     *("diverged_at", "best_eval_step"),
 }
-# "after" repeats what stands beside it.
-NESTED_DESCRIPTION = {"corpus", "hardware", "versions", "options", "config", "after"}
+# "after" repeats what stands beside it; "before" is what it is compared with.
+NESTED_DESCRIPTION = {"corpus", "hardware", "versions", "options", "config", "before", "after"}
 CLASSIFIER = "ForSequenceClassification"
 
 
@@ -95,6 +95,11 @@ class RunFacts:
     def results(self) -> dict[str, float]:
         """Return every number that is a result, by its place in metrics.json."""
         return dict(_numbers(self.metrics))
+
+    @property
+    def before(self) -> Mapping[str, float]:
+        """What a fine-tuning measured before it began, {} of a training from scratch."""
+        return self.metrics.get("before", {})
 
     def method(self) -> dict[str, Any]:
         """Return the optimizer with every option of it, {} where it is none of the package's."""
