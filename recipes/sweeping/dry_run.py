@@ -80,9 +80,7 @@ def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
         flags = as_arguments(recipe_flags(suite, run, launch.processes))
         command = [*launcher(suite, launch), *flags, f"--output_dir={run_folder(folder, run)}"]
         where = f"{run.label}, learning rate {run.learning_rate:g}, seed {run.seed}"
-        print(
-            f"# {where}: {_words(costs[run], flops) if costs else 'costs are worked out for pretrain only'}"
-        )
+        print(f"# {where}" + (f": {_words(costs[run], flops)}" if costs else ""))
         print(shlex.join(command))
     later = (
         ""
@@ -91,6 +89,7 @@ def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
     )
     print(f"# {len(first)} runs{later}")
     if not costs:
+        print(f"# Costs are worked out for {COUNTED} only.")
         return
     print(f"# {_total([costs[run] for run in first], flops)}")
     print(
