@@ -2,4 +2,10 @@
 
 import os
 
+from hypothesis import settings
+
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch reads it, and for the processes that tests start
+
+# A busy machine is no failure; a test that hangs meets pytest's timeout.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")

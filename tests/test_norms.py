@@ -48,7 +48,7 @@ ALL = ["spectral", *VECTOR_NORMS]
 
 @pytest.mark.parametrize("name", ALL)
 @given(seed=seeds, zeros=st.sampled_from([0.0, 0.5]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_direction_attains_the_dual_norm(name, seed, zeros):
     m, v = draw(seed, zeros=zeros), draw(seed + 1).square()
     assume(bool(m.any()))
@@ -57,7 +57,7 @@ def test_the_direction_attains_the_dual_norm(name, seed, zeros):
 
 @pytest.mark.parametrize("name", ["spectral", "linf", "ada_l2"])
 @given(seed=seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_direction_has_unit_norm(name, seed):
     m, v = draw(seed), draw(seed + 1).square()
     one = torch.ones((), dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_the_direction_has_unit_norm(name, seed):
 
 
 @given(seed=seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_direction_of_ada_linf_has_unit_norm_where_the_norm_is_weighted_by_m(seed):
     # The ℓ∞ norm of a u / |m|, the one that this direction is the steepest of.
     m, v = draw(seed), draw(seed + 1).square()
@@ -75,7 +75,7 @@ def test_the_direction_of_ada_linf_has_unit_norm_where_the_norm_is_weighted_by_m
 
 @pytest.mark.parametrize("name", ["spectral", "linf", "ada_l2"])
 @given(seed=seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_unit_direction_does_better(name, seed):
     m, v, other = draw(seed), draw(seed + 1).square(), draw(seed + 2)
     unit = other / primal(name, other, v)
@@ -84,7 +84,7 @@ def test_no_unit_direction_does_better(name, seed):
 
 @pytest.mark.parametrize("name", ["spectral", "linf", "ada_l2"])
 @given(seed=seeds, scale=scales)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_dual_norm_is_homogeneous(name, seed, scale):
     m, v = draw(seed), draw(seed + 1).square()
     torch.testing.assert_close(dual(name, scale * m, v), scale * dual(name, m, v))
@@ -93,7 +93,7 @@ def test_the_dual_norm_is_homogeneous(name, seed, scale):
 
 @pytest.mark.parametrize("name", ["spectral", "linf", "ada_l2"])
 @given(seed=seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_dual_norm_obeys_the_triangle_inequality(name, seed):
     m, n, v = draw(seed), draw(seed + 1), draw(seed + 2).square()
     assert dual(name, m + n, v) <= (dual(name, m, v) + dual(name, n, v)) * (1 + 1e-9)

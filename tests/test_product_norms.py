@@ -28,7 +28,7 @@ def primal(name, matrices, vectors):
 
 @pytest.mark.parametrize("name", PRODUCT_NORMS)
 @given(pair=pairs)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_shares_have_unit_norm_and_attain_the_dual_norm(name, pair):
     d_m, d_v = map(tensor, pair)
     product = product_norm(name).compose(d_m, d_v)
@@ -40,7 +40,7 @@ def test_the_shares_have_unit_norm_and_attain_the_dual_norm(name, pair):
 
 @pytest.mark.parametrize("name", PRODUCT_NORMS)
 @given(pair=pairs, seed=st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_other_shares_of_unit_norm_attain_more(name, pair, seed):
     d_m, d_v = map(tensor, pair)
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +52,7 @@ def test_no_other_shares_of_unit_norm_attain_more(name, pair, seed):
 
 @pytest.mark.parametrize("name", PRODUCT_NORMS)
 @given(values=st.lists(st.tuples(dual_norms, dual_norms), min_size=2, max_size=6), scale=dual_norms)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_dual_norm_is_homogeneous_and_obeys_the_triangle_inequality(name, values, scale):
     norm, (x, y) = product_norm(name), tensor(values).unbind(-1)
     dual = lambda d: norm.compose(d[:1], d[1:]).dual  # noqa: E731
