@@ -19,6 +19,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -554,6 +556,28 @@ def test_empty_and_long_rows_are_counted(tmp_path, base, caplog):
     assert "4 of 21 sequences are longer than --block_size 48" in said
     assert "1 have no token left to learn" in said
     assert math.isfinite(metrics["eval_loss"])
+
+
+@pytest.mark.parametrize("model_class", [GPT2LMHeadModel, BloomForCausalLM])
+def test_the_sample_of_a_prompt_longer_than_the_context(
+    tmp_path, base, tokenizer, capsys, caplog, model_class
+):
+    """The last tokens of the prompt begin it; a model without positions takes the whole prompt."""
+    if model_class is BloomForCausalLM:
+        base = tmp_path / "bloom"
+        BloomForCausalLM(
+            BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
+        ).save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"ask": "ask " * 90, "answer": "a"}, {"ask": "a", "answer": "b"}]
+    )
+    flags = [*PROMPTS, f"--train_files={rows}", f"--validation_files={rows}", "--packing=false"]
+    train(tmp_path / "out", base, "causal_lm", *flags, "--max_steps=1", "--sample_tokens=20")
+    shown = capsys.readouterr().out
+    assert "Sample, from 'ask ask" in shown
+    assert "before     after" in shown
+    assert ("only its last 44 are used" in caplog.text) == (model_class is GPT2LMHeadModel)
 
 
 def test_a_file_without_anything_to_learn(capsys, base, tmp_path):

@@ -9,11 +9,12 @@ from typing import Any
 
 import matplotlib
 import torch
+from accelerate.logging import get_logger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer
 
 from training.drawing import BLUE, STYLE, VERMILION, History, series
 from training.files import finite, write_whole
@@ -22,6 +23,7 @@ from training.options import RecipeArguments
 from training.packing import Data
 from training.secrets import scrub
 
+logger = get_logger(__name__)
 PACKAGES = ("hf_noneuclid", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
@@ -115,20 +117,36 @@ def perplexity(loss: float) -> float:
 
 
 def sample(folder: Path, prompt: str, args: RecipeArguments) -> str:
-    """Continue the prompt with the saved model, as a user would load it; the same text for the same seed."""
+    """Continue the prompt with the saved model, as a user would load it; the same text for the same seed.
+
+    The text is as long as --sample_tokens says, or as the model's positions allow. A prompt that would leave
+    it less than half of them loses its beginning.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(args.device)
     torch.manual_seed(args.seed)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
-    room = model.config.get_text_config().max_position_embeddings - inputs["input_ids"].shape[1]
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False)
+    given = inputs["input_ids"].shape[1]
+    kept, new = _share_positions(model, given, args.sample_tokens)
+    if kept < given:
+        logger.warning(f"the sample's prompt of {given} tokens leaves no room: only its last {kept} are used")
     tokens = model.generate(
-        **inputs,
-        max_new_tokens=min(args.sample_tokens, room),
+        **{name: values[:, given - kept :].to(args.device) for name, values in inputs.items()},
+        max_new_tokens=new,
         do_sample=True,
         top_k=50,
         pad_token_id=tokenizer.eos_token_id,
     )
     return tokenizer.decode(tokens[0])
+
+
+def _share_positions(model: PreTrainedModel, given: int, wanted: int) -> tuple[int, int]:
+    """Return how many tokens of a prompt are kept, and how many follow them."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:  # a recurrent model's, or one's that weighs distances
+        return given, wanted
+    new = min(wanted, max(positions - given, positions // 2))
+    return min(given, positions - new), new
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
