@@ -223,6 +223,35 @@ def test_a_stream_resumes_where_it_was(tmp_path, dataset_folder):
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+def damage(checkpoint, how):
+    """What a kill in the middle of a save leaves: everything but the Trainer's state, or half of it."""
+    state = checkpoint / "trainer_state.json"
+    text = state.read_text()
+    state.unlink()
+    if how == "truncated":
+        state.write_text(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_checkpoint_not_written_to_the_end_is_skipped(tmp_path, text_file, how, caplog, capsys):
+    flags = [f"--train_files={text_file}", "--max_steps=4", "--save_steps=2"]
+    straight = train(tmp_path, *flags)
+    (tmp_path / "metrics.json").unlink()
+    damage(tmp_path / "checkpoint-4", how)
+    with pytest.raises(SystemExit):
+        train(tmp_path, *flags, f"--resume_from_checkpoint={tmp_path / 'checkpoint-4'}")
+    assert "no trainer_state.json that can be read" in capsys.readouterr().err
+    resumed = train(tmp_path, *flags, "--resume_from_checkpoint=true")
+    assert "checkpoint-4 was not written to the end" in caplog.text
+    assert resumed["resumed_from"].endswith("checkpoint-2")
+    assert resumed["eval_loss"] == straight["eval_loss"]
+    for step in (2, 4):
+        damage(tmp_path / f"checkpoint-{step}", how)
+    with pytest.raises(SystemExit):
+        train(tmp_path, *flags, "--resume_from_checkpoint=true")
+    assert "was written to the end, not even checkpoint-2" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_trained_further(tmp_path, text_file, capsys):
     for length in (["--max_steps=2"], ["--max_steps=-1", "--num_train_epochs=1", "--save_strategy=epoch"]):
         flags = [f"--train_files={text_file}", *length, "--per_device_train_batch_size=300"]
@@ -509,3 +538,28 @@ def test_two_ranks(tmp_path, text_file, dataset_folder, source):
 
     one = train(tmp_path / "one", *flags, "--max_steps=4", "--per_device_train_batch_size=8")
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+
+
+TAKE = """
+import sys
+import hf_noneuclid
+from training import run_folder
+from training.options import parse
+_, _, args = parse(["--use_cpu=true", f"--output_dir={sys.argv[1]}", "--resume_from_checkpoint=true"])
+if args.process_index == 1:  # a file system that shows this process less than the first
+    run_folder._last_whole = lambda folder: folder / "checkpoint-2"
+print("taken:", run_folder.find_checkpoint(args))
+"""
+
+
+@pytest.mark.distributed
+def test_all_ranks_take_the_same_checkpoint(tmp_path):
+    (tmp_path / "take.py").write_text(TAKE)
+    for step in (2, 10):
+        checkpoint = tmp_path / "out" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 200}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{RECIPES}:{RECIPES.parent}"}
+    out, _ = launch([*command, str(tmp_path / "take.py"), str(tmp_path / "out")], environment)
+    assert out.count(f"taken: {tmp_path / 'out' / 'checkpoint-10'}") == 2

@@ -1,6 +1,5 @@
 """The output folder of a sweep: what its runs leave there, and what is deleted."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -8,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from sweeping.suite import Run
+from training.checkpoints import checkpoints_of, read_state
 from training.errors import InputError
 
 LOG_TAIL = 15  # lines kept of a run that failed
@@ -56,12 +56,10 @@ def tail(path: Path) -> str:
 
 def can_resume(folder: Path) -> bool:
     """Say whether a run can go on from its last checkpoint; deletes those not written to the end."""
-    found = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.partition("-")[2]))
-    for checkpoint in reversed(found):
-        state = checkpoint / "trainer_state.json"
-        if state.is_file():
-            values = json.loads(state.read_text(encoding="utf-8"))
-            return values["global_step"] < values["max_steps"]
+    for checkpoint in checkpoints_of(folder):
+        state = read_state(checkpoint)
+        if state is not None:
+            return state["global_step"] < state["max_steps"]
         shutil.rmtree(checkpoint)
     return False
 

@@ -1,13 +1,16 @@
 """The output folder: one run, and no run's files without being asked."""
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 
+from training.checkpoints import checkpoints_of, read_state
 from training.options import InputError, RecipeArguments
 
+logger = get_logger(__name__)
 # What a run writes. A folder with one of these holds a run.
 RUN_FILES = (
     *("checkpoint-*", "metrics.json", "history.json", "curves.png", "config.json", "hub_origin.json"),
@@ -18,9 +21,28 @@ RUN_FILES = (
 def find_checkpoint(args: RecipeArguments) -> str | None:
     """Return the checkpoint to resume from, None to start anew; nothing is written.
 
+    The first process looks, and all take what it found: file systems do not show everyone the same at once.
+
     Raises:
         InputError: there is no such checkpoint, or the output folder holds another run.
     """
+    if args.world_size == 1:
+        return _find(args)
+    found: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            found = [_find(args)]
+        except InputError as error:
+            found = [error]
+    checkpoint = broadcast_object_list(found)[0]
+    if isinstance(checkpoint, InputError):
+        raise checkpoint
+    if checkpoint is not None and read_state(Path(checkpoint)) is None:
+        raise InputError(f"process {args.process_index} cannot read {checkpoint}: all need the same folder")
+    return checkpoint
+
+
+def _find(args: RecipeArguments) -> str | None:
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file")
@@ -49,17 +71,26 @@ def delete_run(folder: Path) -> None:
 
 
 def _resolve(folder: Path, wanted: str, max_steps: int) -> Path:
-    if wanted.lower() != "true":
-        checkpoint = Path(wanted)
-    elif folder.is_dir() and (last := get_last_checkpoint(str(folder))):
-        checkpoint = Path(last)
-    else:
-        raise InputError(f"--resume_from_checkpoint true: {folder} holds no checkpoint")
-    named, state_file = f"--resume_from_checkpoint {checkpoint}", checkpoint / "trainer_state.json"
-    if not state_file.is_file():
-        raise InputError(f"{named} is no checkpoint: it has no trainer_state.json")
-    state = json.loads(state_file.read_text(encoding="utf-8"))
+    checkpoint = _last_whole(folder) if wanted.lower() == "true" else Path(wanted)
+    named, state = f"--resume_from_checkpoint {checkpoint}", read_state(checkpoint)
+    if state is None:
+        raise InputError(f"{named} is no whole checkpoint: it has no trainer_state.json that can be read")
     if state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"]):
         # The Trainer would train one step more.
         raise InputError(f"{named}: all of its {state['global_step']} steps are done")
     return checkpoint
+
+
+def _last_whole(folder: Path) -> Path:
+    found = checkpoints_of(folder)
+    if not found:
+        raise InputError(f"--resume_from_checkpoint true: {folder} holds no checkpoint")
+    whole = next((path for path in found if read_state(path) is not None), None)
+    if whole is None:
+        raise InputError(
+            f"--resume_from_checkpoint true: no checkpoint in {folder} was written to the end, not even "
+            f"{found[-1].name}: start anew with --overwrite_output_dir"
+        )
+    for path in found[: found.index(whole)]:
+        logger.warning(f"{path} was not written to the end and is skipped: going on from {whole.name}")
+    return whole
