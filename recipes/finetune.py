@@ -136,8 +136,8 @@ def write_results(trainer: Trainer, task: Task, after: dict[str, float], facts: 
         **({"classes": task.names} if task.names else {}),
     }
     write_metrics(folder / "history.json", history)
-    write_metrics(folder / "metrics.json", {**metrics, **more, **facts})
     plot_curves(folder / "curves.png", history)
+    write_metrics(folder / "metrics.json", {**metrics, **more, **facts})  # last: the run has finished
     if task.prompt is not None and args.sample_tokens > 0 and not metrics["diverged"]:
         prompt = args.prompt or task.prompt
         print(f"\nSample, from {prompt!r} on:\n{sample(folder, prompt, args)}\n")

@@ -109,8 +109,8 @@ def write_results(trainer: Trainer, data: Data, final: dict[str, float], facts: 
     if metrics["diverged"]:
         metrics["diverged_at"] = first_bad_step(history)
     write_metrics(folder / "history.json", history)
-    write_metrics(folder / "metrics.json", {**metrics, **facts})
     plot_curves(folder / "curves.png", history)
+    write_metrics(folder / "metrics.json", {**metrics, **facts})  # last: it says that the run has finished
     if args.sample_tokens > 0 and not metrics["diverged"]:
         unset_hf_deepspeed_config()  # ZeRO-3 would partition the model loaded here, and wait for other ranks
         prompt = args.prompt or data.tokenizer.decode(data.validation.dataset[0]["input_ids"][:8])

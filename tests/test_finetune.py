@@ -213,6 +213,18 @@ def test_a_resumed_run_knows_what_was_before(tmp_path, base, texts):
     assert resumed["eval_loss"] == straight["eval_loss"]
 
 
+@pytest.mark.parametrize("lora", [[], ["--lora_rank=2", "--lora_merge=true"]])
+def test_a_run_killed_after_its_last_step_writes_its_results(tmp_path, base, texts, lora):
+    flags = [f"--train_files={texts}", *lora]
+    straight = train(tmp_path, base, "causal_lm", *flags)
+    for name in ("metrics.json", "history.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    resumed = train(tmp_path, base, "causal_lm", *flags, "--resume_from_checkpoint=true")
+    for name in ("before", "after", "train_loss", "steps", "tokens"):
+        assert resumed[name] == straight[name]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() > 0
+
+
 def test_a_model_in_an_installed_package(tmp_path, base, texts, monkeypatch):
     shutil.copytree(base, tmp_path / "some_model")
     (tmp_path / "some_model" / "__init__.py").write_text("raise ImportError('is not imported')")

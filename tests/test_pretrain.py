@@ -261,6 +261,37 @@ def test_a_finished_run_is_not_trained_further(tmp_path, text_file, capsys):
         assert "steps are done" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "length", [["--max_steps=2"], ["--max_steps=-1", "--num_train_epochs=1", "--save_strategy=epoch"]]
+)
+def test_a_run_killed_after_its_last_step_writes_its_results(tmp_path, text_file, length):
+    flags = [f"--train_files={text_file}", *length, "--per_device_train_batch_size=100"]
+    straight = train(tmp_path, *flags)
+    saved = weights(tmp_path)
+    for name in ("metrics.json", "history.json", "curves.png", "model.safetensors"):
+        (tmp_path / name).unlink()
+    resumed = train(tmp_path, *flags, "--resume_from_checkpoint=true")
+    for metrics in (straight, resumed):
+        for key in ("seconds", "command", "options", "resumed_from"):
+            del metrics[key]
+    assert resumed == straight
+    assert resumed["train_loss"] > 1
+    again = weights(tmp_path)
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
+    rows = json.loads((tmp_path / "history.json").read_text())
+    assert not [row for row in rows if row.get("train_loss") == 0]
+
+
+def test_results_of_an_earlier_end_do_not_count(tmp_path, text_file):
+    flags = [f"--train_files={text_file}", "--lr_scheduler_type=constant"]
+    train(tmp_path, *flags, "--max_steps=2")
+    early = (tmp_path / "metrics.json").read_bytes()
+    longer = train(tmp_path, *flags, "--max_steps=3", "--resume_from_checkpoint=true")
+    (tmp_path / "metrics.json").write_bytes(early)
+    finished = train(tmp_path, *flags, "--max_steps=3", "--resume_from_checkpoint=true")
+    assert (finished["steps"], finished["eval_loss"]) == (3, longer["eval_loss"])
+
+
 def test_overwriting_leaves_no_checkpoint_of_the_old_run(tmp_path, text_file):
     flags = [f"--train_files={text_file}", "--save_steps=2", "--eval_strategy=no"]
     train(tmp_path, *flags, "--max_steps=4")

@@ -1,5 +1,6 @@
 """The output folder: one run, and no run's files without being asked."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ def _find(args: RecipeArguments) -> str | None:
         raise InputError(f"--output_dir {folder} is a file")
     if wanted and args.overwrite_output_dir:
         raise InputError("--overwrite_output_dir would delete what --resume_from_checkpoint goes on from")
-    checkpoint = _resolve(folder, wanted, args.max_steps) if wanted else None
+    checkpoint = _resolve(folder, wanted) if wanted else None
     continued = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+    if checkpoint is not None:
+        _check_steps(checkpoint, args.max_steps, folder if continued else None)
     if run_files(folder) and not continued and not args.overwrite_output_dir:
         raise InputError(
             f"--output_dir {folder} holds another run ({run_files(folder)[0].name}). Go on with it: "
@@ -70,15 +73,35 @@ def delete_run(folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # its card is not the next one's
 
 
-def _resolve(folder: Path, wanted: str, max_steps: int) -> Path:
+def _resolve(folder: Path, wanted: str) -> Path:
     checkpoint = _last_whole(folder) if wanted.lower() == "true" else Path(wanted)
-    named, state = f"--resume_from_checkpoint {checkpoint}", read_state(checkpoint)
-    if state is None:
-        raise InputError(f"{named} is no whole checkpoint: it has no trainer_state.json that can be read")
-    if state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"]):
-        # The Trainer would train one step more.
-        raise InputError(f"{named}: all of its {state['global_step']} steps are done")
+    if read_state(checkpoint) is None:
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint} is no whole checkpoint: it has no trainer_state.json "
+            "that can be read"
+        )
     return checkpoint
+
+
+def _check_steps(checkpoint: Path, max_steps: int, folder: Path | None) -> None:
+    """Check that something is left to do: steps, or the results of a run that was killed after its last one.
+
+    Args:
+        checkpoint: a whole one.
+        max_steps: of the run, not positive where its epochs count.
+        folder: of the run the checkpoint belongs to, None if that is not the one that goes on.
+    """
+    state = read_state(checkpoint)
+    step, last = state["global_step"], max_steps if max_steps > 0 else state["max_steps"]
+    if step < last or (step == last and folder is not None and not _has_results(folder, step)):
+        return
+    raise InputError(f"--resume_from_checkpoint {checkpoint}: all of its {step} steps are done")
+
+
+def _has_results(folder: Path, step: int) -> bool:
+    """Say whether a run wrote its results: not those of an earlier end, after which it went on."""
+    metrics = folder / "metrics.json"  # which is written last, and whole
+    return metrics.is_file() and json.loads(metrics.read_text(encoding="utf-8")).get("steps") == step
 
 
 def _last_whole(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_noneuclid import DivergedError
 
 from publishing.trainer import HubTrainerMixin
+from training.checkpoints import read_state
 from training.errors import ExitCode, InputError, PushError
 from training.options import RecipeArguments, parse, read_config
 from training.results import count_parameters, write_metrics
@@ -65,7 +66,7 @@ def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
 
 
 def train(trainer: Trainer, checkpoint: str | None, invocation: dict[str, Any]) -> None:
-    """Train; a run that diverges leaves a metrics.json that says so.
+    """Train the steps that a checkpoint leaves; a run that diverges leaves a metrics.json that says so.
 
     Raises:
         DivergedError: ten steps in a row had a NaN or infinite loss or gradient.
@@ -73,6 +74,8 @@ def train(trainer: Trainer, checkpoint: str | None, invocation: dict[str, Any]) 
     if trainer.is_world_process_zero():
         parameters = count_parameters(trainer.model)
         print(f"{parameters:,} parameters, vocabulary of {len(trainer.processing_class):,}")
+    if checkpoint is not None:
+        trainer.steps_done = read_state(Path(checkpoint))["global_step"]
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except DivergedError as error:
@@ -98,7 +101,25 @@ def first_bad_step(history: list[dict[str, Any]]) -> int | None:
 
 
 class RecipeTrainer(HubTrainerMixin, Trainer):
-    """The Trainer with the paper's schedule, and pushes that wait for the results."""
+    """The Trainer with the paper's schedule, and pushes that wait for the results.
+
+    Attributes:
+        steps_done: of the checkpoint that the training goes on from.
+    """
+
+    steps_done = 0
+    _nothing_left = False
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Leave no epoch where all steps are done: in the middle of one, the Trainer would do another."""
+        epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
+        self._nothing_left = 0 < max_steps <= self.steps_done
+        return (0 if self._nothing_left else epochs, *others, max_steps)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, except the mean loss over no steps, which the Trainer takes for 0."""
+        if not (self._nothing_left and "train_loss" in logs):
+            super().log(logs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make warmup_stable_decay constant, then linear down to a tenth, unless its options differ."""
