@@ -188,6 +188,21 @@ def test_the_chat_template_is_used_where_there_is_one(tokenizer):
     assert answered == "answer</s>"
 
 
+def test_overwriting_leaves_no_chat_template_of_the_old_run(tmp_path, base, texts):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(base, chatty)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": CHAT, "other": CHAT}
+    tokenizer.save_pretrained(chatty)
+    out, flags = tmp_path / "out", [f"--train_files={texts}", "--max_steps=1"]
+    train(out, chatty, "causal_lm", *flags)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    (out / "tokenizer_notes").mkdir()
+    train(out, base, "causal_lm", *flags, "--overwrite_output_dir")
+    assert AutoTokenizer.from_pretrained(out).chat_template is None
+    assert (out / "tokenizer_notes").is_dir()
+
+
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_texts_and_the_old_domain(tmp_path, base, texts, packing):
     (tmp_path / "old.txt").write_text("the king said unto his people\n" * 20)

@@ -17,6 +17,13 @@ RUN_FILES = (
     *("checkpoint-*", "metrics.json", "history.json", "curves.png", "config.json", "hub_origin.json"),
     *("model*.safetensors*", "adapter_*"),
 )
+# What else it writes: left of an earlier run, the next one's model would be loaded with it.
+COMPANIONS = (
+    *("README.md", "training_args.bin", "generation_config.json", "chat_template.jinja"),
+    *("additional_chat_templates", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("spm.model", "sentencepiece.bpe.model"),
+)
 
 
 def find_checkpoint(args: RecipeArguments) -> str | None:
@@ -68,9 +75,10 @@ def run_files(folder: Path) -> list[Path]:
 
 def delete_run(folder: Path) -> None:
     """Delete a run: an old checkpoint with a higher step would be taken for this one's last."""
-    for path in run_files(folder):
+    found = run_files(folder)
+    companions = [folder / name for name in COMPANIONS if found and (folder / name).exists()]
+    for path in [*found, *companions]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (folder / "README.md").unlink(missing_ok=True)  # its card is not the next one's
 
 
 def _resolve(folder: Path, wanted: str) -> Path:
