@@ -456,6 +456,39 @@ def test_without_a_task_both_follow_each_other(tmp_path, base, in_this_process, 
     assert "holds another run" in refused(capsys, *flags)
 
 
+def test_the_config_file_counts_for_both_tasks(tmp_path, base, monkeypatch):
+    (tmp_path / "run.yaml").write_text(f"max_steps: 5\nblock_size: 48\nmodel_name_or_path: {base}\n")
+    commands = []
+    monkeypatch.setattr(
+        default_run.subprocess,
+        "run",
+        lambda command, check: commands.append(command[2:]) or subprocess.CompletedProcess(command, 0),
+    )
+    finetune.main(["--use_cpu=true", f"--config={tmp_path / 'run.yaml'}", f"--output_dir={tmp_path / 'out'}"])
+    _, data_args, args = parse(commands[1], ARGUMENT_TYPES)
+    assert (args.max_steps, data_args.block_size) == (5, 48)
+    assert (args.learning_rate, args.per_device_train_batch_size) == (1e-2, 32)
+
+
+@pytest.mark.parametrize("named_in", ["command line", "config file"])
+def test_without_a_task_a_package_and_a_gguf_file_are_for_the_first(
+    tmp_path, tokenizer, in_this_process, monkeypatch, named_in
+):
+    (tmp_path / "gguf_model").mkdir()
+    (tmp_path / "gguf_model" / "__init__.py").touch()
+    write_gguf(tmp_path / "gguf_model" / "tiny.gguf", tokenizer)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"model_package": "gguf_model", "gguf_file": "tiny.gguf", "lora_rank": 2}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    if named_in == "config file":
+        (tmp_path / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in options.items()))
+        flags = [f"--config={tmp_path / 'run.yaml'}"]
+    sizes = ["--max_validation_blocks=8", "--max_steps=1", f"--output_dir={tmp_path / 'out'}"]
+    finetune.main([*QUICK, *flags, *sizes])
+    assert len(in_this_process) == 2
+    assert (tmp_path / "out" / "library" / "adapter_model.safetensors").is_file()
+
+
 def test_the_default_model_is_made_if_it_is_not_there(tmp_path, base, in_this_process, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = default_run.subprocess.run

@@ -9,18 +9,21 @@ from pathlib import Path
 
 from finetuning.finetune_options import DEFAULT_MODEL, FinetuneArguments, FinetuneModelArguments
 from training.errors import InputError
+from training.options import read_config
 from training.run_folder import run_files
 
 RECIPES = Path(__file__).parents[1]
-# Of the classifier, unless the command line says otherwise. The beginning of a docstring tells its library,
-# and many of them teach more than a few whole ones; a step has as many tokens as the language model's. Its
-# gradients are small, so that a learning rate that suits the language model would hardly move it.
+# Of the classifier, unless the command line or the --config file says otherwise. The beginning of a docstring
+# tells its library, and many of them teach more than a few whole ones; a step has as many tokens as the
+# language model's. Its gradients are small, so that a learning rate that suits the language model would
+# hardly move it.
 CLASSIFIER = (
     "--block_size=64",
     "--per_device_train_batch_size=32",
     "--max_steps=100",
     "--learning_rate=1e-2",
 )
+OF_THE_FIRST_MODEL = ("model_package", "gguf_file", "tokenizer_name")  # the second is a folder with all of it
 
 
 def run_default(argv: Sequence[str], model_args: FinetuneModelArguments, args: FinetuneArguments) -> None:
@@ -32,7 +35,7 @@ def run_default(argv: Sequence[str], model_args: FinetuneModelArguments, args: F
     """
     folders = [Path(args.output_dir or "") / name for name in ("docstrings", "library")]
     _check(args, folders)
-    for command in [*_pretraining(model_args, args), *_tasks(argv, folders)]:
+    for command in [*_pretraining(model_args, args), *_tasks(argv, model_args, folders)]:
         print(f"\n$ python {shlex.join(command)}", flush=True)
         code = subprocess.run([sys.executable, *command], check=False).returncode
         if code:
@@ -61,13 +64,18 @@ def _pretraining(model_args: FinetuneModelArguments, args: FinetuneArguments) ->
     return [command]
 
 
-def _tasks(argv: Sequence[str], folders: Sequence[Path]) -> list[list[str]]:
+def _tasks(
+    argv: Sequence[str], model_args: FinetuneModelArguments, folders: Sequence[Path]
+) -> list[list[str]]:
     """Return the commands of the tasks: the options of this one, and what differs after them."""
-    script = str(RECIPES / "finetune.py")
+    script, config = str(RECIPES / "finetune.py"), read_config(argv)
     first, second = map(str, folders)
     merged = ["--lora_merge=true"]  # the classifier is made of a whole model
-    model = [f"--model_name_or_path={first}"]
+    classifier = [flag for flag in CLASSIFIER if flag.removeprefix("--").partition("=")[0] not in config]
+    # Emptied, not left out: the --config file may name them, too.
+    emptied = [f"--{name}=" for name in OF_THE_FIRST_MODEL if getattr(model_args, name)]
+    model = [f"--model_name_or_path={first}", "--model_revision=main", *emptied]
     return [
         [script, *argv, "--task=causal_lm", f"--output_dir={first}", *merged],
-        [script, *CLASSIFIER, *argv, "--task=classification", f"--output_dir={second}", *model],
+        [script, *classifier, *argv, "--task=classification", f"--output_dir={second}", *model],
     ]

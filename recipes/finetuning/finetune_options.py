@@ -66,7 +66,7 @@ class FinetuneModelArguments:
         Raises:
             InputError: there is no such package.
         """
-        if self.model_package is None:
+        if not self.model_package:
             return self.model_name_or_path or DEFAULT_MODEL
         package = importlib.util.find_spec(self.model_package)
         if package is None or package.origin is None:
@@ -76,7 +76,7 @@ class FinetuneModelArguments:
     @property
     def merges(self) -> bool:
         """Whether adapters end up in the weights: an adapter does not say which GGUF file it is for."""
-        return self.lora_rank > 0 and (self.lora_merge or self.gguf_file is not None)
+        return self.lora_rank > 0 and (self.lora_merge or bool(self.gguf_file))
 
 
 @dataclass
