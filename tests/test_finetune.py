@@ -592,6 +592,42 @@ def test_models_that_are_none(capsys, texts, tmp_path):
     assert "cannot load" in refused(capsys, *numbers, f"--model_name_or_path={tmp_path}")
 
 
+def test_broken_weights(capsys, base, texts, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    run = ["--task=causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
+    run.append(f"--model_name_or_path={tmp_path / 'base'}")
+    for content in (weights.read_bytes()[:-500], b"not weights at all", b""):
+        weights.write_bytes(content)
+        assert "cannot load the model" in refused(capsys, *run)
+
+
+@pytest.mark.parametrize("kept", [0.002, 0.6])
+def test_a_truncated_gguf_file(capsys, tokenizer, texts, tmp_path, kept):
+    write_gguf(tmp_path / "tiny.gguf", tokenizer)
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(content[: int(kept * len(content))])
+    run = ["--task=causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
+    model = [f"--model_name_or_path={tmp_path}", "--gguf_file=tiny.gguf"]
+    assert "cannot load the" in refused(capsys, *run, *model)
+
+
+def test_an_output_folder_under_a_file(capsys, base, tmp_path):
+    (tmp_path / "file").touch()
+    run = [f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'file' / 'sub'}"]
+    assert "file is a file" in refused(capsys, *run)
+    assert "file is a file" in refused(capsys, *run, "--task=causal_lm")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
+def test_a_validation_file_without_rows(capsys, base, texts, tmp_path, kind):
+    empty = tmp_path / f"empty.{kind}"
+    empty.touch()
+    run = ["--task=causal_lm", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
+    message = refused(capsys, *run, f"--train_files={texts}", f"--validation_files={empty}")
+    assert f"there are no rows in {empty}" in message
+
+
 def test_labels_that_cannot_be_learnt(capsys, base, classes, tmp_path):
     odd = write_rows(tmp_path / "odd.jsonl", [{"text": "king", "label": "c"}, {"text": "king", "label": "a"}])
     run = ["--task=classification", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]

@@ -490,6 +490,12 @@ def test_a_folder_that_holds_another_run(tmp_path, capsys, text_file):
         (["--optim=muonmaxx"], "muonmax_momo"),
         (["--optim_args=momentun=0.9"], "momentum"),
         (["--optim_args=momentum=1.5"], "momentum must be a number in [0, 1)"),
+        (["--max_steps=0"], "--max_steps must be at least 1, or -1"),
+        (["--max_steps=-5"], "--max_steps must be at least 1, or -1"),
+        (["--optim=adamw_bnb_8bit"], "bitsandbytes"),
+        (["--optim=galore_adamw", "--optim_target_modules=c_attn"], "galore_torch"),
+        (["--report_to=scroll"], "scroll is not supported"),
+        (["--report_to=swanlab"], "--report_to swanlab: it is not installed"),
         (["--learning_rates=3"], "unknown arguments: --learning_rates=3"),
         (["--learning_rate=fast"], "--learning_rate"),
         (["--global_batch_size=16"], "4 (per_device_train_batch_size) x 1 (gradient_accumulation_steps) x 1"),
@@ -511,8 +517,43 @@ def test_a_folder_that_holds_another_run(tmp_path, capsys, text_file):
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_options_that_cannot_be_used(tmp_path, capsys, text_file, flags, expected):
+def test_options_that_cannot_be_used(tmp_path, capsys, text_file, without_packages, flags, expected):
     assert expected in refused(tmp_path, capsys, f"--train_files={text_file}", *flags)
+
+
+@pytest.fixture
+def without_packages(monkeypatch):
+    """As where no optional package is installed."""
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: False)
+    monkeypatch.setattr("training.trackers.get_available_reporting_integrations", lambda: ["tensorboard"])
+
+
+def test_an_output_folder_under_a_file(tmp_path, capsys, text_file):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/sub", "file/sub/sub"):
+        with pytest.raises(SystemExit) as caught:
+            train(tmp_path / folder, f"--train_files={text_file}")
+        assert caught.value.code == 2
+        assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+
+
+def test_a_broken_checkpoint(tmp_path, capsys, text_file):
+    train(tmp_path / "base", f"--train_files={text_file}", "--max_steps=1")
+    weights_file = tmp_path / "base" / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-500])
+    flags = [flag for flag in TINY if "overrides" not in flag]
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(
+            [
+                *flags,
+                f"--train_files={text_file}",
+                f"--model_name_or_path={tmp_path / 'base'}",
+                f"--output_dir={tmp_path / 'out'}",
+            ]
+        )
+    assert caught.value.code == 2
+    assert "cannot build the model" in capsys.readouterr().err
 
 
 def test_a_yaml_file_that_cannot_be_used(tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 from finetuning.finetune_options import DEFAULT_MODEL, FinetuneArguments, FinetuneModelArguments
 from training.errors import InputError
 from training.options import read_config
-from training.run_folder import run_files
+from training.run_folder import check_is_folder, run_files
 
 RECIPES = Path(__file__).parents[1]
 # Of the classifier, unless the command line or the --config file says otherwise. The beginning of a docstring
@@ -49,6 +49,7 @@ def _check(args: FinetuneArguments, folders: Sequence[Path]) -> None:
         if getattr(args, name):
             raise InputError(f"--{name} is for one training: name its --task")
     for folder in folders:
+        check_is_folder(folder)
         if run_files(folder) and not args.overwrite_output_dir:
             raise InputError(f"{folder} holds another run: --overwrite_output_dir, or another --output_dir")
 

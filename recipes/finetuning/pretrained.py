@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetuning.finetune_options import ALL_LINEAR, DEFAULT_MODEL, FinetuneModelArguments
 from training.errors import InputError
-from training.model import check_sizes
+from training.model import UNREADABLE, check_sizes
 
 ADAPTER = "adapter_config.json"
 
@@ -33,7 +33,7 @@ def load_tokenizer(args: FinetuneModelArguments) -> PreTrainedTokenizerBase:
     name = args.tokenizer_name or args.path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **({} if args.tokenizer_name else _source(args)))
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise InputError(f"cannot load the tokenizer {name}: {error}{_hint(args)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {name} has no eos_token, which must stand at the end of a text")
@@ -67,7 +67,7 @@ def load_model(
         model = _load(args, names)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UNREADABLE as error:
         raise InputError(f"cannot load the model {args.path}: {error}{_hint(args)}") from error
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -107,6 +107,8 @@ def _read(names: list[str]) -> datasets.Dataset:
     missing = [name for name in names if not Path(name).is_file()]
     if missing:
         raise InputError(f"there is no file {missing[0]}")
+    if not any(Path(name).stat().st_size for name in names):
+        raise InputError(f"there are no rows in {', '.join(names)}")
     readers = {READERS.get(Path(name).suffix.lower()) for name in names}
     if len(readers) > 1 or None in readers:
         raise InputError(f"{', '.join(names)}: files are all {', '.join(READERS)}, of one kind")

@@ -1,11 +1,13 @@
 """Which tokenizer and which model are trained."""
 
 import itertools
+import struct
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
@@ -20,6 +22,8 @@ from transformers import (
 
 from training.options import InputError, ModelArguments
 
+# What from_pretrained raises of files that are missing, broken, truncated or of another kind.
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, EOFError, SafetensorError, struct.error)
 END_OF_TEXT = "<|endoftext|>"
 # 4.3M parameters with 4,096 tokens. No dropout: the default run sees less than half of the corpus, once.
 SMALL_GPT2 = {
@@ -46,7 +50,7 @@ def load_tokenizer(
         return train_tokenizer(sample, args.vocab_size, block_size)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise InputError(f"cannot load the tokenizer {name}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {name} has no eos_token, which must stand between documents")
@@ -114,7 +118,7 @@ def load_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedMode
             model = AutoModelForCausalLM.from_pretrained(name, **options)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"cannot build the model: {error}") from error
     model.loss_type = (
         model.loss_type or "ForCausalLM"

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from training.errors import ExitCode, InputError
 from training.hub_options import HubArguments
 from training.secrets import scrub
+from training.trackers import check_trackers
 
 
 @dataclass
@@ -189,11 +190,16 @@ class RecipeArguments(HubArguments, TrainingArguments):
         if self.data_seed is None:
             self.data_seed = self.seed
         self.dataloader_pin_memory &= self.device.type != "cpu"  # torch warns of it at every evaluation
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise InputError(
+                f"--max_steps must be at least 1, or -1 to train for --num_train_epochs, not {self.max_steps}"
+            )
         if not 0.0 <= self.decay_fraction <= 1.0:
             raise InputError(f"--decay_fraction must lie in [0, 1], not {self.decay_fraction}")
         if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
             self.resume_from_checkpoint = None
         self._check_global_batch_size()
+        check_trackers(self.report_to)
 
     def changed(self) -> dict[str, Any]:
         """Return what differs from the plain Trainer's defaults, and the recipe's own options."""

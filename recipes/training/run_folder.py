@@ -52,8 +52,7 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
 
 def _find(args: RecipeArguments) -> str | None:
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder} is a file")
+    check_is_folder(folder)
     if wanted and args.overwrite_output_dir:
         raise InputError("--overwrite_output_dir would delete what --resume_from_checkpoint goes on from")
     checkpoint = _resolve(folder, wanted) if wanted else None
@@ -66,6 +65,17 @@ def _find(args: RecipeArguments) -> str | None:
             f"--resume_from_checkpoint true; replace it: --overwrite_output_dir; or give another folder"
         )
     return None if checkpoint is None else str(checkpoint)
+
+
+def check_is_folder(folder: Path) -> None:
+    """Check that an output folder is one, or can be made.
+
+    Raises:
+        InputError: it is a file, or under one.
+    """
+    file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise InputError(f"--output_dir {folder}: {file} is a file; give another folder")
 
 
 def run_files(folder: Path) -> list[Path]:

@@ -55,13 +55,14 @@ def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
     """Build the optimizer and throw it away: a wrong option should stop the run before a file is written.
 
     Raises:
-        InputError: an option is unknown or out of range, or the method finds nothing to train in the model.
+        InputError: an option is unknown or out of range, the method finds nothing to train in the model, or
+            the optimizer is of a package that is not installed.
     """
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if "params" in options:  # one of ours; it allocates no state before its first step
             optimizer_class(**options)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise InputError(f"--optim {args.optim.value}: {error}") from error
 
 
