@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import finetune
 import huggingface_hub
 import pretrain
 import publish
@@ -42,6 +43,11 @@ TINY = [
     "--max_steps=2",
     "--per_device_train_batch_size=4",
     "--eval_steps=0.999",
+]
+
+FINE_TUNED = [
+    *("--task=causal_lm", "--use_cpu=true", "--max_steps=2", "--block_size=32", "--sample_tokens=0"),
+    *("--logging_steps=1", "--per_device_train_batch_size=4", "--eval_blocks=4", "--max_train_rows=40"),
 ]
 
 
@@ -92,6 +98,8 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield hub
@@ -122,6 +130,12 @@ def refused_training(capsys, tmp_path, *flags):
     assert not folder.exists()
     assert "nowhere.txt" not in message
     return message
+
+
+def fine_tune(out, base, text_file, *flags):
+    """Fine-tune a language model in this process, and push it as its folder is called."""
+    flags = [*FINE_TUNED, f"--model_name_or_path={base}", f"--train_files={text_file}", *flags]
+    finetune.main([*flags, "--push_to_hub", f"--output_dir={out}"])
 
 
 # ---------------------------------------------------------------- a model
@@ -161,6 +175,16 @@ def test_a_pushed_model_is_fine_tuned_and_its_adapter_pushed_in_turn(pushed, tex
     code = f"{load}\nmodel(**tokenizer('and the king', return_tensors='pt'))"
     variables = environment(hub, tmp_path / "empty")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, check=True, capture_output=True)
+
+
+def test_a_merged_model_replaces_the_adapters_of_its_checkpoints(hub, pushed, text_file, tmp_path):
+    out = tmp_path / "merged"
+    hub.add("models/me/tiny", pushed[0].files("models/me/tiny"))
+    fine_tune(out, "me/tiny", text_file, "--lora_rank=2", "--lora_merge=true", "--hub_always_push=true")
+    assert hub.repos["models/me/merged"].commits[0].startswith("Training in progress")
+    files = hub.files("models/me/merged")
+    assert not any(name.startswith("adapter_") for name in files)
+    assert files["model.safetensors"] == (out / "model.safetensors").read_bytes()
 
 
 def test_checkpoints_are_pushed_while_training_and_the_results_at_the_end(pushed):

@@ -28,6 +28,7 @@ NOT_PUSHED = [
     ".*",
     "run.json",
 ]  # checkpoints go as --hub_strategy says
+WEIGHTS = ("model*.safetensors*", "adapter_*")  # two kinds of them in one repository would be mixed
 NOT_SEARCHED = (".safetensors", ".png")  # weights and pictures, which no text gets into
 PUBLISH = Path(__file__).parents[1] / "publish.py"
 
@@ -112,7 +113,7 @@ def remote_origin(api: HfApi, repository: Repository) -> str | None:
 
 
 def upload(api: HfApi, folder: Path, repository: Repository, message: str, replace: bool = False) -> str:
-    """Push a folder; what is there already is not sent again.
+    """Push a folder in place of the weights in its repository; what is there already is not sent again.
 
     Args:
         api: the Hub's client.
@@ -156,12 +157,9 @@ def push_command(*arguments: str) -> str:
 def _upload(
     api: HfApi, folder: Path, repository: Repository, message: str, replace: bool, paths: Sequence[Path]
 ) -> CommitInfo:
-    kept = {str(path.relative_to(folder)) for path in paths}
-    stale = [
-        name
-        for name in (remote_files(api, repository) if replace else [])
-        if name not in kept and not name.startswith(("checkpoint-", "last-checkpoint/"))
-    ]
+    kept = {path.relative_to(folder).as_posix() for path in paths}
+    others = [name for name in remote_files(api, repository) if name not in kept]
+    stale = [name for name in others if _is_replaced(name, replace)]
     return api.upload_folder(
         repo_id=repository.repo_id,
         repo_type=repository.kind,
@@ -171,6 +169,12 @@ def _upload(
         ignore_patterns=list(NOT_PUSHED),
         delete_patterns=[glob.escape(name) for name in stale] or None,
     )
+
+
+def _is_replaced(name: str, replace: bool) -> bool:
+    if name.startswith(("checkpoint-", "last-checkpoint/")):
+        return False
+    return replace or any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
 def _pushed(folder: Path) -> list[Path]:
