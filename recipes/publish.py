@@ -17,7 +17,7 @@ from pathlib import Path
 
 from publishing.checks import check_repository
 from publishing.facts import RunFacts
-from publishing.hub import ORIGIN_FILE, Repository, origin_of, push_command
+from publishing.hub import Repository, push_command, read_origin
 from publishing.model import push_folder
 from training.errors import ExitCode, InputError, PushError
 from training.secrets import redact_arguments, scrub
@@ -52,8 +52,7 @@ def publish_folder(args: argparse.Namespace) -> None:
     repository = Repository(
         args.hub_model_id or folder.absolute().name, private=args.hub_private_repo, revision=args.hub_revision
     )
-    known = (folder / ORIGIN_FILE).is_file()
-    repository = check_repository(repository, origin_of(folder) if known else None, args.overwrite_hub_model)
+    repository = check_repository(repository, read_origin(folder), args.overwrite_hub_model)
     push_folder(folder, repository, args.overwrite_hub_model, args.hub_license)
 
 

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from publishing.hub import ORIGIN_FILE, Repository, connect, origin_of, reason, remote_files, remote_origin
+from publishing.hub import Repository, connect, read_origin, reason, remote_files, remote_origin
 from training.errors import InputError
 from training.options import RecipeArguments
 
@@ -27,10 +27,9 @@ def check_hub(args: RecipeArguments) -> None:
         return
     folder = Path(args.output_dir)
     name = args.hub_model_id or folder.absolute().name
-    continued = args.resume_from_checkpoint is not None and (folder / ORIGIN_FILE).is_file()
     repository = check_repository(
         Repository(name, private=args.hub_private_repo, revision=args.hub_revision),
-        origin_of(folder) if continued else None,
+        None if args.resume_from_checkpoint is None else read_origin(folder),
         args.overwrite_hub_model,
     )
     args.hub_model_id = repository.repo_id
@@ -41,7 +40,7 @@ def check_repository(repository: Repository, origin: str | None, overwrite: bool
 
     Args:
         repository: may lack a namespace, which then is the user's.
-        origin: tells what will be pushed from anything else (`hub.origin_of`); None for something new.
+        origin: tells what will be pushed from anything else (`hub.write_origin`); None for something new.
         overwrite: push to it whatever it holds.
 
     Raises:

@@ -81,15 +81,22 @@ def create(api: HfApi, repository: Repository) -> None:
         ) from error
 
 
-def origin_of(folder: Path, origin: str | None = None) -> str:
-    """Return what tells this folder's content from another's on the Hub; writes it down if need be."""
+def read_origin(folder: Path) -> str | None:
+    """Return what tells this folder's content from another's on the Hub; None if nothing says so yet."""
     path = folder / ORIGIN_FILE
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))["origin"]
-    origin = origin or uuid.uuid4().hex
-    text = json.dumps({"origin": origin}) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    return origin
+    return json.loads(path.read_text(encoding="utf-8"))["origin"] if path.is_file() else None
+
+
+def write_origin(folder: Path, origin: str | None = None) -> None:
+    """Write down what tells this folder's content from another's, unless that is written already.
+
+    Args:
+        folder: that will be pushed.
+        origin: None for a random one.
+    """
+    if read_origin(folder) is None:
+        text = json.dumps({"origin": origin or uuid.uuid4().hex}) + "\n"
+        write_whole(folder / ORIGIN_FILE, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def remote_files(api: HfApi, repository: Repository) -> list[str]:
@@ -102,7 +109,7 @@ def remote_files(api: HfApi, repository: Repository) -> list[str]:
 
 
 def remote_origin(api: HfApi, repository: Repository) -> str | None:
-    """Return what `origin_of` wrote for the content of the repository; None if it is not ours."""
+    """Return what `write_origin` wrote for the content of the repository; None if it is not ours."""
     where = {"repo_type": repository.kind, "revision": repository.revision}
     with tempfile.TemporaryDirectory() as folder:
         try:

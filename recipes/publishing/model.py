@@ -5,7 +5,7 @@ from pathlib import Path
 
 from publishing.card import write_card
 from publishing.facts import RunFacts
-from publishing.hub import Repository, connect, create, origin_of, push_command, push_later, upload
+from publishing.hub import Repository, connect, create, push_command, push_later, upload, write_origin
 from training.errors import InputError, PushError
 from training.options import RecipeArguments
 
@@ -59,7 +59,7 @@ def push_folder(
     """
     later = later or push_command("--folder", str(folder), *_flags(repository, overwrite, license_name))
     try:
-        origin_of(folder)
+        write_origin(folder)
         write_card(folder, repository, license_name, comparison)
         api = connect()
         create(api, repository)

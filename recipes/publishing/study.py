@@ -13,7 +13,7 @@ from report import report
 
 from publishing.checks import check_repository
 from publishing.facts import has_model
-from publishing.hub import ORIGIN_FILE, Repository, connect, create, origin_of, push_later, upload
+from publishing.hub import Repository, connect, create, push_later, read_origin, upload, write_origin
 from publishing.model import push_folder
 from publishing.study_dataset import write_dataset
 from reporting.curves import Curve
@@ -82,10 +82,11 @@ def publish_study(
     _check_models(plan)
     identity = study.user_attrs.get("id", study.study_name)
     _check_hub(plan, identity, overwrite)
+    _write_origins(plan, identity)
     staged = write_dataset(
         folder, suite, summary, found, plan.dataset, _model_table(plan), paper_section(summary), license_name
     )
-    origin_of(staged, f"{identity} runs")
+    write_origin(staged, f"{identity} runs")
     pushed = [
         push_folder(
             _folder(plan, method), repository, overwrite, license_name, _comparison(plan, method), later
@@ -139,14 +140,17 @@ def _command(plan: Publication, method: str) -> str:
 
 
 def _check_hub(plan: Publication, identity: str, overwrite: bool) -> None:
-    """See that everything may be pushed before anything is; writes down what belongs to this study."""
+    """See that everything may be pushed before anything is."""
     for method, repository in plan.models.items():
-        folder = _folder(plan, method)
-        known = (folder / ORIGIN_FILE).is_file()
-        check_repository(repository, origin_of(folder) if known else f"{identity} {method}", overwrite)
+        origin = read_origin(_folder(plan, method)) or f"{identity} {method}"
+        check_repository(repository, origin, overwrite)
     check_repository(plan.dataset, f"{identity} runs", overwrite)
+
+
+def _write_origins(plan: Publication, identity: str) -> None:
+    """Write into the folders of the models that they belong to this study."""
     for method in plan.models:
-        origin_of(_folder(plan, method), f"{identity} {method}")
+        write_origin(_folder(plan, method), f"{identity} {method}")
 
 
 def _folder(plan: Publication, method: str) -> Path:

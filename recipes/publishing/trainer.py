@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from publishing.hub import Repository, connect, create, origin_of
+from publishing.hub import Repository, connect, create, write_origin
 
 
 class HubTrainerMixin:
@@ -26,5 +26,5 @@ class HubTrainerMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> Any:
         if self.is_world_process_zero():
-            origin_of(Path(self.args.output_dir))
+            write_origin(Path(self.args.output_dir))
         return super()._push_from_checkpoint(checkpoint_folder)
