@@ -100,6 +100,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, for an earlier test's Hub
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield hub
@@ -292,6 +293,15 @@ def test_a_run_that_diverges_ends_well_and_is_not_pushed(hub, text_file, tmp_pat
     pretrain.main([*TINY, *flags, f"--train_files={text_file}", f"--output_dir={tmp_path / 'out'}"])
     assert "diverged, so its model is not pushed" in capsys.readouterr().err
     assert hub.files("models/me/out").keys() == {".gitattributes"}
+
+
+def test_no_checkpoint_is_pushed_after_the_loss_was_nan(hub, text_file, tmp_path, capsys):
+    flags = ["--push_to_hub", "--hub_always_push=true", "--optim=sgd", "--learning_rate=1e30"]
+    flags += ["--max_steps=3", "--save_steps=1", f"--output_dir={tmp_path / 'out'}"]
+    pretrain.main([*TINY, *flags, f"--train_files={text_file}"])
+    assert hub.repos["models/me/out"].commits == ["Training in progress, step 1"]
+    message = "its model is not pushed; me/out holds a checkpoint that was pushed while it trained"
+    assert message in capsys.readouterr().err
 
 
 def test_pushing_again_changes_nothing_and_another_run_is_refused(hub, run, tmp_path, capsys):

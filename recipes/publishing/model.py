@@ -5,7 +5,17 @@ from pathlib import Path
 
 from publishing.card import write_card
 from publishing.facts import RunFacts
-from publishing.hub import Repository, connect, create, push_command, push_later, upload, write_origin
+from publishing.hub import (
+    Repository,
+    connect,
+    create,
+    push_command,
+    push_later,
+    read_origin,
+    remote_origin,
+    upload,
+    write_origin,
+)
 from training.errors import InputError, PushError
 from training.options import RecipeArguments
 
@@ -24,12 +34,12 @@ def push(folder: Path, args: RecipeArguments) -> None:
     """
     if not args.push_to_hub or args.process_index != 0:
         return
+    repository = Repository(args.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision)
     try:
         RunFacts.read(folder)
     except InputError as error:  # of a run that diverged
-        print(error, file=sys.stderr)
+        print(f"{error}{_left_there(folder, repository)}", file=sys.stderr)
         return
-    repository = Repository(args.hub_model_id, private=args.hub_private_repo, revision=args.hub_revision)
     push_folder(folder, repository, args.overwrite_hub_model, args.hub_license)
 
 
@@ -66,6 +76,18 @@ def push_folder(
         return upload(api, folder, repository, "Push the model and its results", replace=overwrite)
     except (InputError, PushError) as error:
         raise push_later(error, folder, later) from error
+
+
+def _left_there(folder: Path, repository: Repository) -> str:
+    """Say whether a checkpoint of a run that is not pushed was pushed while it trained."""
+    origin = read_origin(folder)
+    if origin is None:
+        return ""
+    try:
+        found = "holds" if remote_origin(connect(), repository) == origin else None
+    except Exception:  # the Hub and the network
+        found = "may hold"
+    return f"; {repository.repo_id} {found} a checkpoint that was pushed while it trained" if found else ""
 
 
 def _flags(repository: Repository, overwrite: bool, license_name: str | None) -> list[str]:

@@ -1,5 +1,6 @@
 """The Trainer's pushes while it trains, and what it leaves to us."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from publishing.hub import Repository, connect, create, write_origin
 
 
 class HubTrainerMixin:
-    """Pushes checkpoints as --hub_strategy says, and no model card of the Trainer's own.
+    """Pushes checkpoints as --hub_strategy says unless they diverged, and no card of the Trainer's own.
 
     The results are pushed by `publishing.model.push`, after they are written.
     """
@@ -25,6 +26,12 @@ class HubTrainerMixin:
         super().save_model(output_dir, _internal_call=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> Any:
-        if self.is_world_process_zero():
-            write_origin(Path(self.args.output_dir))
+        if not self.is_world_process_zero() or not self._is_sound():
+            return None
+        write_origin(Path(self.args.output_dir))
         return super()._push_from_checkpoint(checkpoint_folder)
+
+    def _is_sound(self) -> bool:
+        """Say whether the losses logged last are finite: the weights of a diverged run are worth nothing."""
+        last = {name: value for row in self.state.log_history for name, value in row.items()}
+        return all(math.isfinite(last.get(name, 0.0)) for name in ("loss", "eval_loss"))
