@@ -68,6 +68,8 @@ def run(
         run_default(invocation["command"], model_args, args)
         return
     apply_preset(model_args, args)
+    # Not later: the output folder may have the name of a model on the Hub.
+    base_model = model_args.base
     checkpoint = find_checkpoint(args)
     check_hub(args)
     set_seed(args.seed)
@@ -92,8 +94,8 @@ def run(
             base = load_model(model_args, tokenizer, data_args.block_size, task.names)
             merge(Path(args.output_dir), base)
         options = {**vars(model_args), **vars(data_args), **args.changed()}
-        facts = {"seconds": seconds, "resumed_from": checkpoint, **invocation, "options": options}
-        write_results(trainer, task, after, facts)
+        facts = {"seconds": seconds, "resumed_from": checkpoint, "base_model": base_model, **invocation}
+        write_results(trainer, task, after, {**facts, "options": options})
     trainer.accelerator.wait_for_everyone()
     push(Path(args.output_dir), args)
 

@@ -19,6 +19,7 @@ from hf_noneuclid.log import show_log  # the package makes its methods values of
 
 from publishing.checks import check_hub
 from publishing.model import push
+from training.base_model import describe_base
 from training.corpus import load_corpus
 from training.model import load_config, load_model, load_tokenizer
 from training.options import ARGUMENT_TYPES, DataArguments, InputError, ModelArguments, RecipeArguments
@@ -51,6 +52,8 @@ def run(
         args: how to train.
         invocation: how the recipe was called, for metrics.json.
     """
+    # Not later: the output folder may have the name of a model on the Hub.
+    base_model = describe_base(model_args.model_name_or_path)
     checkpoint = find_checkpoint(args)
     check_hub(args)
     set_seed(args.seed)
@@ -81,8 +84,8 @@ def run(
     save_model(trainer)
     if trainer.is_world_process_zero():
         options = {**vars(model_args), **vars(data_args), **args.changed()}
-        facts = {"seconds": seconds, "resumed_from": checkpoint, **invocation, "options": options}
-        write_results(trainer, data, final, facts)
+        facts = {"seconds": seconds, "resumed_from": checkpoint, "base_model": base_model, **invocation}
+        write_results(trainer, data, final, {**facts, "options": options})
     trainer.accelerator.wait_for_everyone()
     push(Path(args.output_dir), args)
 

@@ -20,11 +20,14 @@ from hub_server import Hub
 from huggingface_hub import DatasetCard, ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from publishing.card import write_card
+from publishing.hub import Repository
 from sweeping.study import default_storage, open_study
 from sweeping.suite import Suite
 from sweeping.sweep_folder import run_folder
 from sweeping.trial_queue import Outcome, TrialQueue
 from training import secrets
+from training.base_model import describe_base
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TOKEN, GIVEN, READER = (
@@ -133,9 +136,9 @@ def refused_training(capsys, tmp_path, *flags):
     return message
 
 
-def fine_tune(out, base, text_file, *flags):
+def fine_tune(out, text_file, *flags):
     """Fine-tune a language model in this process, and push it as its folder is called."""
-    flags = [*FINE_TUNED, f"--model_name_or_path={base}", f"--train_files={text_file}", *flags]
+    flags = [*FINE_TUNED, f"--train_files={text_file}", *flags]
     finetune.main([*flags, "--push_to_hub", f"--output_dir={out}"])
 
 
@@ -181,7 +184,8 @@ def test_a_pushed_model_is_fine_tuned_and_its_adapter_pushed_in_turn(pushed, tex
 def test_a_merged_model_replaces_the_adapters_of_its_checkpoints(hub, pushed, text_file, tmp_path):
     out = tmp_path / "merged"
     hub.add("models/me/tiny", pushed[0].files("models/me/tiny"))
-    fine_tune(out, "me/tiny", text_file, "--lora_rank=2", "--lora_merge=true", "--hub_always_push=true")
+    flags = ["--model_name_or_path=me/tiny", "--lora_rank=2", "--lora_merge=true"]
+    fine_tune(out, text_file, *flags, "--hub_always_push=true")
     assert hub.repos["models/me/merged"].commits[0].startswith("Training in progress")
     files = hub.files("models/me/merged")
     assert not any(name.startswith("adapter_") for name in files)
@@ -227,6 +231,48 @@ def test_the_card_says_what_was_done(pushed):
     assert found == {name: metrics[key] for name, key in (("loss", "eval_loss"),)} | {
         name: metrics[name] for name in ("perplexity", "bits_per_byte")
     }
+
+
+def test_the_card_of_a_fine_tuned_local_model_names_it_without_its_folder(
+    hub, pushed, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pushed[1], tmp_path / "outputs" / "pretrain")
+    fine_tune(tmp_path / "tuned", text_file)  # with the model that is the default
+    base = json.loads((tmp_path / "tuned" / "metrics.json").read_text())["base_model"]
+    assert (base["name"], base["on_hub"]) == ("outputs/pretrain", False)
+    content = hub.files("models/me/tuned")["README.md"].decode()
+    card = ModelCard(content)
+    assert "fine-tuned from the local model `pretrain` with" in card.text
+    assert card.data.base_model is None
+    for folder in (tmp_path, text_file.parent):
+        assert str(folder) not in content
+    assert text_file.name in content
+
+
+@pytest.mark.parametrize(
+    ("base", "words", "name"),
+    [
+        (None, "trained from scratch", None),
+        (describe_base("me/base", "main"), "fine-tuned from `me/base` with", "me/base"),
+        (
+            describe_base("me/base", "v1", None, "a.gguf"),
+            "fine-tuned from `me/base` at revision `v1` (`a.gguf`)",
+            "me/base",
+        ),
+        (
+            describe_base("/opt/a_package", "main", "a_package", "a.gguf"),
+            "fine-tuned from the model in the Python package `a_package` (`a.gguf`)",
+            None,
+        ),
+    ],
+)
+def test_the_card_says_what_the_training_started_from(run, base, words, name):
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "base_model": base}))
+    card = write_card(run, Repository("me/run"))
+    assert words in card.text
+    assert card.data.base_model == name
 
 
 def test_no_secret_is_written_printed_or_uploaded(pushed):

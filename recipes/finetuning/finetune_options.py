@@ -3,7 +3,9 @@
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from training.base_model import describe_base
 from training.errors import InputError
 from training.options import RecipeArguments
 
@@ -72,6 +74,11 @@ class FinetuneModelArguments:
         if package is None or package.origin is None:
             raise InputError(f"--model_package {self.model_package}: no such package is installed")
         return str(Path(package.origin).parent)
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The checkpoint for metrics.json (`describe_base`)."""
+        return describe_base(self.path, self.model_revision, self.model_package, self.gguf_file)
 
     @property
     def merges(self) -> bool:

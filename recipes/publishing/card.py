@@ -3,6 +3,8 @@
 Everything in it comes from the run folder; a template says where it stands.
 """
 
+import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ METRICS = {
     "f1": "f1",
     "macro_f1": "f1",
 }
+_LOCAL_FOLDERS = re.compile(r"(?<![\w:/.~)\]-])/(?:[\w.+@~-]+/)+(?=[\w.+@~-])")  # of an absolute path
 LOADERS = {"text-generation": "CausalLM", "text-classification": "SequenceClassification"}
 
 
@@ -63,20 +66,21 @@ def write_card(
         licence=_licence(facts, license_name),
         citations=(HERE / "citations.bib").read_text(encoding="utf-8").strip(),
     )
-    card = ModelCard(scrub(str(card)))  # and its metadata is read again, which validates it
+    text = _LOCAL_FOLDERS.sub("", scrub(str(card)))
+    card = ModelCard(text)  # its metadata is read again, which validates it
     card.save(folder / "README.md")
     return card
 
 
 def metadata(facts: RunFacts, repository: Repository, license_name: str | None) -> ModelCardData:
     """Return the head of the card, which the Hub's search and its result tables read."""
-    base, dataset = facts.base_model, facts.options.get("dataset_name")
+    dataset = facts.options.get("dataset_name")
     return ModelCardData(
         model_name=repository.repo_id.rpartition("/")[2],
         library_name="peft" if facts.adapter else "transformers",
         pipeline_tag=facts.task,
         tags=["hf_noneuclid", facts.optimizer, "arxiv:2510.09827", "arxiv:2305.07583"],
-        base_model=base if _is_hub_name(base) else None,
+        base_model=facts.hub_base,
         datasets=[dataset] if _is_hub_name(dataset) else None,
         license=license_name,
         eval_results=_eval_results(facts) or None,
@@ -108,8 +112,8 @@ def _eval_results(facts: RunFacts) -> list[EvalResult]:
 def _summary(facts: RunFacts) -> str:
     metrics = facts.metrics
     kind = {"text-generation": "A causal language model", "text-classification": "A text classifier"}
-    origin = f"fine-tuned from `{facts.base_model}`" if facts.base_model else "trained from scratch"
-    parts = [f"{kind[facts.task]}{' (an adapter)' * facts.adapter}, {origin} with `{facts.optimizer}`"]
+    adapter = " (an adapter)" if facts.adapter else ""
+    parts = [f"{kind[facts.task]}{adapter}, {_beginning(facts)} with `{facts.optimizer}`"]
     if metrics.get("parameters"):
         parts.append(f"{metrics['parameters']:,} parameters")
     if metrics.get("steps"):
@@ -117,6 +121,21 @@ def _summary(facts: RunFacts) -> str:
     if metrics.get("tokens"):
         parts.append(f"{metrics['tokens']:,} tokens")
     return ", ".join(parts) + "."
+
+
+def _beginning(facts: RunFacts) -> str:
+    base = facts.base_model
+    if base is None:
+        return "trained from scratch"
+    if base["on_hub"]:
+        branch = base["revision"] or "main"
+        model = f"`{base['name']}`" + ("" if branch == "main" else f" at revision `{branch}`")
+    elif base["package"]:
+        model = f"the model in the Python package `{base['package']}`"
+    else:  # where it was says nothing to others
+        model = f"the local model `{os.path.basename(os.path.abspath(base['name']))}`"
+    file = f" (`{base['gguf_file']}`)" if base["gguf_file"] else ""
+    return f"fine-tuned from {model}{file}"
 
 
 def _results(facts: RunFacts) -> str:

@@ -12,6 +12,7 @@ from hf_noneuclid import NonEuclideanDescent
 from hf_noneuclid.methods import DEFAULT_MATRIX_LR_SCALE, canonical_name, parse_options, resolve
 from hf_noneuclid.options import LOWER_BOUND_OPTIONS, OPTIMIZER_OPTIONS
 
+from training.base_model import describe_base
 from training.errors import InputError
 
 # Parts of metrics.json that are no results.
@@ -20,7 +21,7 @@ DESCRIPTION = {
     *("diverged_at", "best_eval_step"),
 }
 # "after" repeats what stands beside it; "before" is what it is compared with.
-NESTED_DESCRIPTION = {"corpus", "hardware", "versions", "options", "config", "before", "after"}
+NESTED_DESCRIPTION = {"corpus", "hardware", "versions", "options", "config", "before", "after", "base_model"}
 CLASSIFIER = "ForSequenceClassification"
 
 
@@ -87,10 +88,18 @@ class RunFacts:
         return (self.folder / "adapter_config.json").is_file()
 
     @cached_property
-    def base_model(self) -> str | None:
-        """What the training started from; None from scratch."""
-        config = _json(self.folder / "adapter_config.json")
-        return config.get("base_model_name_or_path") or self.options.get("model_name_or_path")
+    def base_model(self) -> Mapping[str, Any] | None:
+        """What the training started from (`describe_base`); None from scratch."""
+        if "base_model" in self.metrics:
+            return self.metrics["base_model"]
+        names = ("model_name_or_path", "model_revision", "model_package", "gguf_file")
+        return describe_base(*map(self.options.get, names))  # of a run that did not keep it
+
+    @property
+    def hub_base(self) -> str | None:
+        """The Hub name of what the training started from, None if it has none."""
+        base = self.base_model
+        return base["name"] if base and base["on_hub"] else None
 
     def results(self) -> dict[str, float]:
         """Return every number that is a result, by its place in metrics.json."""
