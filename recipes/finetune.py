@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
+from transformers.trainer_utils import HubStrategy
 
 from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
 
@@ -32,6 +33,7 @@ from finetuning.pretrained import add_adapters, load_model, load_tokenizer, merg
 from finetuning.tasks import Task, prepare
 from publishing.checks import check_hub
 from publishing.model import push
+from training.errors import InputError
 from training.packing import spread
 from training.results import (
     count_parameters,
@@ -71,6 +73,7 @@ def run(
     # Not later: the output folder may have the name of a model on the Hub.
     base_model = model_args.base
     checkpoint = find_checkpoint(args)
+    check_adapter(model_args, args)
     check_hub(args)
     set_seed(args.seed)
     with args.main_process_first(desc="preparing the data"):
@@ -98,6 +101,25 @@ def run(
         write_results(trainer, task, after, {**facts, "options": options})
     trainer.accelerator.wait_for_everyone()
     push(Path(args.output_dir), args)
+
+
+def check_adapter(model_args: FinetuneModelArguments, args: FinetuneArguments) -> None:
+    """See that no adapter is pushed that others cannot put on its model.
+
+    If they are merged at the end, their checkpoints are not pushed: `args.hub_strategy` becomes `end`.
+
+    Raises:
+        InputError: one would be.
+    """
+    base = model_args.base
+    if not (args.push_to_hub and model_args.lora_rank) or (base["on_hub"] and not base["gguf_file"]):
+        return
+    if not model_args.merges:
+        raise InputError(
+            f"--lora_rank {model_args.lora_rank}: nobody else could load the adapter, since its model, "
+            f"{base['name']}, is not on the Hub: push the whole model with --lora_merge true"
+        )
+    args.hub_strategy = HubStrategy.END
 
 
 def make_trainer(

@@ -547,6 +547,20 @@ def test_a_repository_with_another_model_is_refused(hub, capsys, tmp_path):
     assert "--overwrite_hub_model" in message
 
 
+def test_an_adapter_of_a_model_that_is_not_on_the_hub_is_refused(hub, pushed, text_file, tmp_path, capsys):
+    flags = ["--lora_rank=2", f"--model_name_or_path={pushed[1]}"]
+    with pytest.raises(SystemExit, match="2"):
+        fine_tune(tmp_path / "out", "nowhere.txt", *flags)
+    message = capsys.readouterr().err
+    assert "--lora_merge true" in message
+    assert "nowhere.txt" not in message
+    assert not hub.repos
+    flags += ["--lora_merge=true", "--hub_always_push=true"]
+    fine_tune(tmp_path / "out", text_file, *flags)
+    assert hub.repos["models/me/out"].commits == ["Push the model and its results"]
+    assert not any(name.startswith("adapter_") for name in hub.files("models/me/out"))
+
+
 def test_a_hub_that_cannot_be_reached(hub, capsys, tmp_path):
     hub.stop()
     assert f"{hub.url} cannot be asked" in refused_training(capsys, tmp_path)
