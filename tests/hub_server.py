@@ -208,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo, branch = self._branch(name, revision)
         files = [{"rfilename": path} for path in repo.branches[branch]]
         repo_id = name.partition("/")[2]
-        self._json({"id": repo_id, "modelId": repo_id, "sha": repo.sha(branch), "siblings": files})
+        kept = {"private": repo.private, "sha": repo.sha(branch), "siblings": files}
+        self._json({"id": repo_id, "modelId": repo_id, **kept})
 
     def auth_check(self, name):
         self._repo(name)

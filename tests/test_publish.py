@@ -561,6 +561,17 @@ def test_an_adapter_of_a_model_that_is_not_on_the_hub_is_refused(hub, pushed, te
     assert not any(name.startswith("adapter_") for name in hub.files("models/me/out"))
 
 
+def test_a_public_repository_is_refused_where_a_private_one_was_asked_for(hub, run, capsys, tmp_path):
+    hub.add("models/me/out", {"README.md": b"to come"})
+    message = refused_training(capsys, tmp_path, "--hub_private_repo=true")
+    assert "me/out is public" in message
+    publish.main([*map(str, ["--folder", run, "--hub_model_id", "me/out"])])
+    flags = ["--folder", run, "--hub_model_id", "me/mine", "--hub_private_repo", "true"]
+    publish.main([*map(str, flags)])
+    publish.main([*map(str, flags)])  # what it has made is private
+    assert hub.repos["models/me/mine"].private
+
+
 def test_a_hub_that_cannot_be_reached(hub, capsys, tmp_path):
     hub.stop()
     assert f"{hub.url} cannot be asked" in refused_training(capsys, tmp_path)

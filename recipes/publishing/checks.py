@@ -99,11 +99,11 @@ def _may_write(api: HfApi, repository: Repository, user: dict[str, Any]) -> bool
     """Return whether the repository is there.
 
     Raises:
-        InputError: the user may not write to it, or not make it.
+        InputError: the user may not write to it, or not make it, or it is public and should be private.
     """
     where = {"repo_id": repository.repo_id, "repo_type": repository.kind}
     try:
-        api.repo_info(**where)
+        info = api.repo_info(**where)
     except RepositoryNotFoundError:
         organisations = user.get("orgs", [])
         own = {org["name"] for org in organisations if org.get("roleInOrg", "write") in WRITERS}
@@ -123,6 +123,11 @@ def _may_write(api: HfApi, repository: Repository, user: dict[str, Any]) -> bool
             f"{user['name']} has no right to write to {repository.repo_id} ({reason(error)}): give another "
             "--hub_model_id"
         ) from error
+    if repository.private and info.private is False:
+        raise InputError(
+            f"{repository.repo_id} is public, and --hub_private_repo is for a repository that is made: make "
+            "it private in its settings, give another --hub_model_id, or leave --hub_private_repo out"
+        )
     return True
 
 
