@@ -371,6 +371,20 @@ def test_pushing_again_changes_nothing_and_another_run_is_refused(hub, run, tmp_
     assert "pytorch_model.bin" not in after
 
 
+def test_a_branch_that_is_made_holds_nothing_of_the_model_on_main(hub, run):
+    other = {"adapter_config.json": b"{}", "pytorch_model.bin": b"of another model", "README.md": b"its card"}
+    hub.add("models/me/other", other)
+    publish.main([*map(str, ["--folder", run, "--hub_model_id", "me/other", "--hub_revision", "v2"])])
+    made = hub.files("models/me/other", "v2")
+    assert "model.safetensors" in made
+    assert not {"adapter_config.json", "pytorch_model.bin"} & made.keys()
+    assert hub.files("models/me/other") == {".gitattributes": b"", **other}
+    commits = len(hub.repos["models/me/other"].commits)
+    publish.main([*map(str, ["--folder", run, "--hub_model_id", "me/other", "--hub_revision", "v2"])])
+    assert hub.files("models/me/other", "v2") == made
+    assert len(hub.repos["models/me/other"].commits) == commits
+
+
 def test_a_file_with_a_secret_is_not_pushed(hub, run, capsys):
     (run / "notes.txt").write_text(f"my token is {TOKEN}")
     message = refused(capsys, publish.main, "--folder", run, code=4)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars, logging
 
@@ -63,7 +63,7 @@ def reason(error: BaseException) -> str:
 
 
 def create(api: HfApi, repository: Repository) -> None:
-    """Make the repository and its branch unless they are there.
+    """Make the repository and its branch unless they are there; a branch that is made is empty.
 
     Raises:
         InputError: it may not be made, or the Hub cannot be reached.
@@ -72,13 +72,26 @@ def create(api: HfApi, repository: Repository) -> None:
     try:
         api.create_repo(**where, private=repository.private, exist_ok=True)
         if repository.revision and not repository.revision.startswith("refs/"):
-            api.create_branch(**where, branch=repository.revision, exist_ok=True)
+            _create_branch(api, repository)
     except Exception as error:  # the Hub, the network, and the client's own checks
         refused = isinstance(error, HfHubHTTPError)
         raise InputError(
             f"cannot make the repository {repository.repo_id}: {reason(error)}"
             + ". Give a --hub_model_id in a namespace that your token may write to" * refused
         ) from error
+
+
+def _create_branch(api: HfApi, repository: Repository) -> None:
+    where = {"repo_id": repository.repo_id, "repo_type": repository.kind}
+    if _branch_files(api, repository) is not None:
+        return
+    api.create_branch(**where, branch=repository.revision, exist_ok=True)
+    # It begins as a copy of main, and the model of main would be mixed with the one that is pushed.
+    copied = [name for name in remote_files(api, repository) if name != ".gitattributes"]
+    if copied:
+        message = f"Begin {repository.revision} without the files of main"
+        deletions = [CommitOperationDelete(name) for name in copied]
+        api.create_commit(**where, operations=deletions, commit_message=message, revision=repository.revision)
 
 
 def read_origin(folder: Path) -> str | None:
@@ -101,11 +114,16 @@ def write_origin(folder: Path, origin: str | None = None) -> None:
 
 def remote_files(api: HfApi, repository: Repository) -> list[str]:
     """Return the files of the repository; none where the branch is still to be made."""
+    return _branch_files(api, repository) or []
+
+
+def _branch_files(api: HfApi, repository: Repository) -> list[str] | None:
+    """Return the files of the branch, None if there is no such branch."""
     where = {"repo_type": repository.kind, "revision": repository.revision}
     try:
         return api.list_repo_files(repository.repo_id, **where)
     except RevisionNotFoundError:
-        return []
+        return None
 
 
 def remote_origin(api: HfApi, repository: Repository) -> str | None:
