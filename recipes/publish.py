@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from publishing.checks import check_repository
 from publishing.facts import RunFacts
@@ -21,6 +22,13 @@ from publishing.hub import Repository, push_command, read_origin
 from publishing.model import push_folder
 from training.errors import ExitCode, InputError, PushError
 from training.secrets import redact_arguments, scrub
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse would print what it does not know, and an option with a typing error may hold a token."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(scrub(message))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,7 +80,7 @@ def publish_study(args: argparse.Namespace, later: str) -> None:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="publish.py", description=(__doc__ or "").splitlines()[0])
+    parser = _Parser(prog="publish.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--folder", type=Path, help="of a run: with the model and metrics.json")
     what.add_argument("--study", type=Path, help="output folder of sweep.py")

@@ -605,10 +605,35 @@ def test_a_hub_that_cannot_be_reached(hub, capsys, tmp_path):
             ["--tokenizer_name", "gpt2", "--sample_tokens=3", "--eos_token=</s>"],
         ),
         (["--train_files", f"of/{GIVEN}/a.txt"], ["--train_files", "of/***/a.txt"]),
+        (["--storage=postgresql://me:p@ss/w0rd@db/optuna"], ["--storage=postgresql://me:***@db/optuna"]),
+        (
+            ["--storage", "mysql://db/x?user=me&password=pw&b=1"],
+            ["--storage", "mysql://db/x?user=me&password=***&b=1"],
+        ),
+        (["--storage=http://db:80/me?x=1"], ["--storage=http://db:80/me?x=1"]),
     ],
 )
 def test_a_command_line_is_shown_without_secrets(given, shown):
     assert secrets.redact_arguments(given) == shown
+
+
+def test_a_password_in_the_storage_is_not_shown_when_a_study_is_not_pushed(hub, study, capsys, monkeypatch):
+    opened = open_study(default_storage(study))
+    monkeypatch.setattr("sweeping.study.open_study", lambda storage, name: opened)
+    hub.dies_at = "/commit/"
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    storage = "postgresql://me:hunter2secretpw@db/optuna"
+    flags = ["--study", study, "--namespace", "me", "--storage", storage]
+    message = refused(capsys, publish.main, *flags, code=4)
+    assert "postgresql://me:***@db/optuna" in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize("flag", ["--hub_tokn={}", "--hub_tok={}", "--hub_tokn {}"])
+def test_a_token_under_a_mistyped_option_is_not_shown(flag, capsys):
+    message = refused(capsys, publish.main, "--folder", "out", *flag.format(GIVEN).split())
+    assert "unrecognized arguments: --hub_to" in message
+    assert GIVEN not in message
 
 
 def test_texts_are_scrubbed_of_what_the_environment_holds(monkeypatch):

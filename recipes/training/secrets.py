@@ -11,6 +11,11 @@ HIDDEN = "***"
 SHORTEST = 12  # characters of a secret: a shorter one would be found in words that are none
 _SECRET_NAME = re.compile(r"(^|[_-])(token|password|secret|api[_-]?key)$", re.IGNORECASE)
 _TEXT_TOKEN = re.compile(r"(bos|eos|pad|unk|sep|cls|mask)[_-]token$")  # of a vocabulary
+# In a URL: the password after the user, to the last @, and parameters.
+_URL_PASSWORD = re.compile(r"(://[^\s/:@\"']*:)[^\s\"']+(?=@)")
+_URL_PARAMETER = re.compile(
+    r"([?&](?:\w+[_-])?(?:token|password|secret|api[_-]?key)=)[^\s&\"']+", re.IGNORECASE
+)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 
 
@@ -37,7 +42,7 @@ def redact_arguments(argv: Sequence[str]) -> list[str]:
 
 
 def scrub(value: Any) -> Any:
-    """Return the value with `***` for every secret in its texts, and under keys that name one."""
+    """Return the value with `***` for every secret in its texts and URLs, and under keys that name one."""
     return _scrub(value, known_secrets())
 
 
@@ -71,4 +76,6 @@ def _scrub(value: Any, secrets: Sequence[str]) -> Any:
         return value
     for secret in secrets:
         value = value.replace(secret, HIDDEN)
+    for pattern in (_URL_PASSWORD, _URL_PARAMETER):
+        value = pattern.sub(rf"\1{HIDDEN}", value)
     return _HUB_TOKEN.sub(HIDDEN, value)
