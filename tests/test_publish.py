@@ -385,6 +385,17 @@ def test_a_branch_that_is_made_holds_nothing_of_the_model_on_main(hub, run):
     assert len(hub.repos["models/me/other"].commits) == commits
 
 
+def test_checkpoints_and_files_of_the_machine_are_not_pushed(hub, run):
+    left_out = {"checkpoint-9/model.safetensors", "_private.txt", ".cache/a", "run.json"}
+    pushed = {"notes[1].txt", "logs/checkpoint-9.txt"}
+    for name in left_out | pushed:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("text")
+    publish.main(["--folder", str(run)])
+    assert pushed <= hub.files("models/me/run").keys()
+    assert not left_out & hub.files("models/me/run").keys()
+
+
 def test_a_file_with_a_secret_is_not_pushed(hub, run, capsys):
     (run / "notes.txt").write_text(f"my token is {TOKEN}")
     message = refused(capsys, publish.main, "--folder", run, code=4)

@@ -22,12 +22,8 @@ from training.files import write_whole
 from training.secrets import known_secrets, scrub
 
 ORIGIN_FILE = "hub_origin.json"
-NOT_PUSHED = [
-    "checkpoint-*",
-    "_*",
-    ".*",
-    "run.json",
-]  # checkpoints go as --hub_strategy says
+# Checkpoints go as --hub_strategy says; the rest is of this machine.
+NOT_PUSHED = ("checkpoint-*", "_*", ".*", "run.json")
 WEIGHTS = ("model*.safetensors*", "adapter_*")  # two kinds of them in one repository would be mixed
 NOT_SEARCHED = (".safetensors", ".png")  # weights and pictures, which no text gets into
 PUBLISH = Path(__file__).parents[1] / "publish.py"
@@ -182,7 +178,7 @@ def push_command(*arguments: str) -> str:
 def _upload(
     api: HfApi, folder: Path, repository: Repository, message: str, replace: bool, paths: Sequence[Path]
 ) -> CommitInfo:
-    kept = {path.relative_to(folder).as_posix() for path in paths}
+    kept = [path.relative_to(folder).as_posix() for path in paths]
     others = [name for name in remote_files(api, repository) if name not in kept]
     stale = [name for name in others if _is_replaced(name, replace)]
     return api.upload_folder(
@@ -191,7 +187,7 @@ def _upload(
         revision=repository.revision,
         folder_path=folder,
         commit_message=message,
-        ignore_patterns=list(NOT_PUSHED),
+        allow_patterns=[glob.escape(name) for name in kept],
         delete_patterns=[glob.escape(name) for name in stale] or None,
     )
 
@@ -199,17 +195,17 @@ def _upload(
 def _is_replaced(name: str, replace: bool) -> bool:
     if name.startswith(("checkpoint-", "last-checkpoint/")):
         return False
-    return replace or any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
+    return replace or _matches(name, WEIGHTS)
 
 
 def _pushed(folder: Path) -> list[Path]:
     """Return the files of a folder that are pushed."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if not _is_left_out(path.relative_to(folder).as_posix())]
+    return [path for path in files if not _matches(path.relative_to(folder).as_posix(), NOT_PUSHED)]
 
 
-def _is_left_out(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in NOT_PUSHED)
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _refuse_secrets(paths: Sequence[Path]) -> None:
