@@ -70,11 +70,10 @@ def create(api: HfApi, repository: Repository) -> None:
         if repository.revision and not repository.revision.startswith("refs/"):
             _create_branch(api, repository)
     except Exception as error:  # the Hub, the network, and the client's own checks
-        refused = isinstance(error, HfHubHTTPError)
-        raise InputError(
-            f"cannot make the repository {repository.repo_id}: {reason(error)}"
-            + ". Give a --hub_model_id in a namespace that your token may write to" * refused
-        ) from error
+        message = f"cannot make the repository {repository.repo_id}: {reason(error)}"
+        if isinstance(error, HfHubHTTPError):
+            message += ". Give a --hub_model_id in a namespace that your token may write to"
+        raise InputError(message) from error
 
 
 def _create_branch(api: HfApi, repository: Repository) -> None:

@@ -98,4 +98,4 @@ def _flags(repository: Repository, overwrite: bool, license_name: str | None) ->
         "hub_license": license_name,
     }
     flags = [part for name, value in values.items() if value is not None for part in (f"--{name}", value)]
-    return [*flags, *["--overwrite_hub_model"] * overwrite]
+    return [*flags, "--overwrite_hub_model"] if overwrite else flags

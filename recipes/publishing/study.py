@@ -168,7 +168,7 @@ def _comparison(plan: Publication, method: str) -> str:
         plan.suite.about,
         f"This is the best run of `{method}`: learning rate {rate(run.run.learning_rate)}, seed "
         f"{run.run.seed}, final loss {run.loss:.4f} nats. All runs: {_link(plan.dataset)}.",
-        f"**The suite is unfinished: {missing} runs are missing.**" * bool(missing),
+        f"**The suite is unfinished: {missing} runs are missing.**" if missing else "",
         _model_table(plan),
         paper_section(plan.summary).replace("## ", "### "),
     ]
