@@ -25,16 +25,22 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from finetuning import causal, default_run, docstrings, presets
 from finetuning.class_metrics import AccuracyAndMacroF1
 from finetuning.domains import read_domains
 from finetuning.finetune_options import ARGUMENT_TYPES
+from finetuning.isolation import check_isolation
 from sweeping.execution import as_arguments, recipe_flags
 from sweeping.suite import load_suite
 from training.model import train_tokenizer
 from training.options import parse
+from training.packing import Blocks, Data
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = [
@@ -163,6 +169,56 @@ def test_packed_examples_do_not_see_each_other(kind):
             losses.append(causal.summed_losses(logits, labels).sum(dim=0))
     assert torch.allclose(losses[0], losses[1], rtol=1e-5)
     assert losses[0][1] == (7 - 3) + (5 - 1) + (9 - 2)
+
+
+def leaky_model(kind, vocab_size):
+    """A model in which packed examples see each other, whether it takes position_ids (OPT) or not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "opt":
+        heads = {"num_attention_heads": 2, "ffn_dim": 24, "word_embed_proj_dim": 16}
+        config = OPTConfig(**sizes, **heads, num_hidden_layers=1, max_position_embeddings=64)
+        return OPTForCausalLM(config)
+    if kind == "bloom":
+        return BloomForCausalLM(BloomConfig(**sizes, n_layer=1, n_head=2))
+    return MambaForCausalLM(MambaConfig(**sizes, num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom", "mamba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_is_refused_only_where_examples_that_see_each_other_are_joined(kind, dtype):
+    model = leaky_model(kind, 50).train()
+    for weight in model.parameters():
+        weight.data *= 8  # as large as trained ones: what is seen is then more than bf16's rounding
+    model = model.to(dtype)
+    examples = [causal.Example(torch.randint(50, (6,)).tolist(), 2) for _ in range(3)]
+    data = {}
+    for name, rows in (
+        ("joined", causal.pack_examples(examples, 16, 0)),
+        ("one to a sequence", causal.pack_examples(examples, 8, 0)),
+        ("not packed", causal.pad_nothing(examples, 16, 0)),
+    ):
+        blocks = Blocks(datasets.Dataset.from_list(rows))
+        data[name] = Data(name, None, blocks, blocks)
+    check_isolation(model, data["one to a sequence"])
+    check_isolation(model, data["not packed"])
+    with pytest.raises(ValueError, match="--packing false"):
+        check_isolation(model, data["joined"])
+    assert model.training
+    llama = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    check_isolation(LlamaForCausalLM(LlamaConfig(**llama, vocab_size=50)).to(dtype), data["joined"])
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora_rank=2"]])
+def test_a_model_that_cannot_isolate_trains_without_packing(capsys, tmp_path, tokenizer, pairs, lora):
+    leaky_model("opt", len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    run = [*PROMPTS, f"--train_files={pairs}", *lora]
+    named = [f"--model_name_or_path={tmp_path / 'base'}", f"--output_dir={tmp_path / 'out'}"]
+    assert "--packing false" in refused(capsys, "--task=causal_lm", *named, *run)
+    assert not (tmp_path / "out").exists()
+    metrics = train(tmp_path / "out", tmp_path / "base", "causal_lm", *run, "--packing=false")
+    assert math.isfinite(metrics["eval_loss"])
 
 
 def test_nothing_of_an_example_is_lost_in_packing():

@@ -44,7 +44,8 @@ def encode(
     """Make sequences of at most `--block_size` tokens of rows.
 
     Packed texts follow each other and may span sequences, as in pre-training. Packed examples stay whole, and
-    none sees another: their positions start from 0, which is how transformers knows.
+    none sees another: their positions start from 0, which is how transformers knows. `check_isolation`
+    refuses models that do not heed it.
 
     Args:
         rows: of the columns the options name.

@@ -1,0 +1,93 @@
+"""Whether packed examples are isolated from each other in a model: not every architecture can do so."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, pairwise
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from training.errors import InputError
+from training.packing import Data
+
+SHORT = 16  # tokens of an example that is compared
+
+
+def check_isolation(model: PreTrainedModel, data: Data) -> None:
+    """Compare two packed examples with themselves alone, on the model itself.
+
+    That a model takes `position_ids` does not say that it isolates by them: OPT's only shift its positions.
+
+    Args:
+        model: as loaded; it runs without gradients, in eval mode. On several processes all must call this.
+        data: what is packed; nothing is compared where no sequence joins two examples.
+
+    Raises:
+        InputError: an example sees the one before it.
+    """
+    examples = _joined(data)
+    if examples is None:
+        return
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), _gathered(model):
+        packed = _logits(model, examples)
+        alone = torch.cat([_logits(model, [ids]) for ids in examples])
+    model.train(was_training)
+    rounding = max(1e-4, 4 * torch.finfo(packed.dtype).eps)  # of many layers, relative; leaks are far above
+    if torch.dist(packed, alone) > rounding * torch.linalg.vector_norm(alone):
+        raise InputError(
+            f"{type(model).__name__} does not isolate examples by their position_ids: a packed one sees "
+            f"those before it in its sequence; give --packing false"
+        )
+
+
+def _joined(data: Data) -> list[list[int]] | None:
+    """Return the beginnings of the first two examples that share a sequence, None if none do."""
+    for row in chain(data.train.dataset, data.validation.dataset):
+        if "position_ids" not in row:
+            return None
+        starts = [i for i, position in enumerate(row["position_ids"]) if position == 0]
+        parts = [row["input_ids"][i:j][:SHORT] for i, j in pairwise([*starts, len(row["input_ids"])])]
+        if len(parts) > 1 and max(row["labels"][starts[1] :]) >= 0:  # else the second is what fills up
+            return parts[:2]
+    return None
+
+
+def _logits(model: PreTrainedModel, examples: list[list[int]]) -> torch.Tensor:
+    """Return the logits of every token, of shape (tokens, vocabulary), as the Trainer would ask for them."""
+    columns = {
+        "input_ids": [token for ids in examples for token in ids],
+        "position_ids": [position for ids in examples for position in range(len(ids))],
+    }
+    accepted = inspect.signature(model.forward).parameters  # the Trainer drops other columns
+    device = model.get_input_embeddings().weight.device
+    # Of two sequences: some kernels tell packed examples apart in a single one alone.
+    inputs = {
+        name: torch.tensor([ids] * 2, device=device) for name, ids in columns.items() if name in accepted
+    }
+    return model(**inputs, use_cache=False).logits[1]
+
+
+@contextmanager
+def _gathered(model: PreTrainedModel) -> Iterator[None]:
+    """Bring together what ZeRO-3 has spread over the processes, but only one layer of the stack at a time."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), ())
+    inside = {weight for layer in layers for weight in layer.parameters()}
+    hooks = []
+    for layer in layers:
+        held = deepspeed.zero.GatheredParameters(list(layer.parameters()))
+        hooks.append(layer.register_forward_pre_hook(lambda *_, held=held: held.__enter__()))
+        hooks.append(layer.register_forward_hook(lambda *_, held=held: held.__exit__(None, None, None)))
+    with deepspeed.zero.GatheredParameters([weight for weight in model.parameters() if weight not in inside]):
+        yield
+    for hook in hooks:
+        hook.remove()
