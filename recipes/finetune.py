@@ -80,10 +80,10 @@ def run(
     with args.main_process_first(desc="preparing the data"):
         tokenizer = load_tokenizer(model_args)
         task = prepare(data_args, tokenizer)
-    model = load_model(model_args, tokenizer, data_args.block_size, task.names)
+    model, new = load_model(model_args, tokenizer, data_args.block_size, task.names)
     check_isolation(model, task.data)
     if model_args.lora_rank:
-        model = add_adapters(model, model_args, task.names is not None)
+        model = add_adapters(model, model_args, task.names is not None, new)
     check_optimizer(args, model)
     show_log()  # not before: the check above routes the parameters, too
     trainer = make_trainer(model, task, data_args, args)
@@ -96,7 +96,7 @@ def run(
     if trainer.is_world_process_zero():
         unset_hf_deepspeed_config()  # ZeRO-3 would partition a model loaded here, and wait for other ranks
         if model_args.merges:
-            base = load_model(model_args, tokenizer, data_args.block_size, task.names)
+            base, _ = load_model(model_args, tokenizer, data_args.block_size, task.names)
             merge(Path(args.output_dir), base)
         options = {**vars(model_args), **vars(data_args), **args.changed()}
         facts = {"seconds": seconds, "resumed_from": checkpoint, "base_model": base_model, **invocation}

@@ -14,13 +14,18 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     BloomConfig,
     BloomForCausalLM,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -426,6 +431,47 @@ def test_the_saved_classifier_has_the_reported_metrics(tmp_path, base, classes):
     assert metrics["classes"] == ["a", "b"]
     assert metrics["eval_loss"] < metrics["before"]["loss"]
     assert {"accuracy", "macro_f1", "loss"} == set(metrics["before"])
+
+
+def class_loss(model, tokenizer, path, names):
+    """Mean of -log p of the classes, one row after the other."""
+    losses = []
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        with torch.no_grad():
+            logits = model.eval()(**tokenizer(row["text"], return_tensors="pt")).logits
+        losses.append(cross_entropy(logits, torch.tensor([names.index(row["label"])])).item())
+    return sum(losses) / len(losses)
+
+
+def masked_model(kind, vocab_size):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": 64}
+    if kind == "bert":
+        layer = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+        return BertForMaskedLM(BertConfig(**sizes, **layer, num_hidden_layers=1))
+    return DistilBertForMaskedLM(DistilBertConfig(**sizes, dim=16, n_heads=2, hidden_dim=24, n_layers=1))
+
+
+@pytest.mark.parametrize(("kind", "new"), [("bert", "pooler.dense"), ("distilbert", "pre_classifier")])
+def test_layers_that_the_checkpoint_lacks_are_saved_with_the_adapter(tmp_path, tokenizer, classes, kind, new):
+    base = tmp_path / "base"
+    masked_model(kind, len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    flags = [f"--train_files={classes}", f"--validation_files={classes}", "--lora_rank=2"]
+    for out, merge in ((tmp_path / "adapter", "false"), (tmp_path / "merged", "true")):
+        metrics = train(out, base, "classification", *flags, f"--lora_merge={merge}", "--learning_rate=1e-2")
+        torch.manual_seed(7)  # other random layers than the run's
+        if merge == "false":
+            model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+            model = PeftModel.from_pretrained(model, out)
+            saved = load_file(out / "adapter_model.safetensors")
+            assert any(f"{new}.weight" in name for name in saved)
+            assert not any(f"{new}.lora" in name for name in saved)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(out)
+        found = class_loss(model, tokenizer, classes, metrics["classes"])
+        assert metrics["eval_loss"] == pytest.approx(found, rel=1e-4)
 
 
 def test_numbers_as_classes_stay_in_their_order(tmp_path, base):

@@ -22,6 +22,7 @@ from training.errors import InputError
 from training.model import UNREADABLE, check_sizes
 
 ADAPTER = "adapter_config.json"
+HEADS = ("classifier", "score")  # peft's names of what is trained whole in a classifier
 
 
 def load_tokenizer(args: FinetuneModelArguments) -> PreTrainedTokenizerBase:
@@ -47,7 +48,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     names: list[str] | None = None,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
     """Load the checkpoint in float32: small steps would be lost in bf16 weights.
 
     Args:
@@ -55,6 +56,9 @@ def load_model(
         tokenizer: whose tokens it must have rows for.
         block_size: tokens for which it must have positions.
         names: classes of a classifier; None for a causal language model.
+
+    Returns:
+        The model, and the names of its modules with weights that the checkpoint lacks: they are random.
 
     Raises:
         InputError: it cannot be loaded, is an adapter, or fits neither tokenizer nor block size.
@@ -64,7 +68,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(args.path, **_source(args))
         check_sizes(config, tokenizer, block_size)
-        model = _load(args, names)
+        model, report = _load(args, names)
     except InputError:
         raise
     except UNREADABLE as error:
@@ -73,11 +77,12 @@ def load_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     if names is None:
         model.loss_type = model.loss_type or "ForCausalLM"  # left open, transformers warns of its guess
-    return model
+    return model, sorted({name.rpartition(".")[0] for name in report["missing_keys"]} - {""})
 
 
-def _load(args: FinetuneModelArguments, names: list[str] | None) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": torch.float32, **_source(args)}
+def _load(args: FinetuneModelArguments, names: list[str] | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model and transformers' report of what it found in the checkpoint."""
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, **_source(args)}
     if args.gguf_file and hasattr(transformers, "GgufConfig"):  # versions without it always unpack
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if names is None:
@@ -95,8 +100,16 @@ def _hint(args: FinetuneModelArguments) -> str:
     return "; run recipes/pretrain.py first" if args.path == DEFAULT_MODEL else ""
 
 
-def add_adapters(model: PreTrainedModel, args: FinetuneModelArguments, classifies: bool) -> PeftModel:
-    """Freeze the model and put LoRA adapters beside its layers; a new classifier is trained whole.
+def add_adapters(
+    model: PreTrainedModel, args: FinetuneModelArguments, classifies: bool, new: list[str]
+) -> PeftModel:
+    """Freeze the model and put LoRA adapters beside its layers; a classifier's head is trained whole.
+
+    Args:
+        model: the model.
+        args: which layers, and of which rank.
+        classifies: whether it has a head.
+        new: modules that are not in the checkpoint: trained and saved whole, too, as nobody else has them.
 
     Raises:
         InputError: a target matches no layer; the message names those that could be meant.
@@ -112,15 +125,24 @@ def add_adapters(model: PreTrainedModel, args: FinetuneModelArguments, classifie
                 f"--lora_target_modules {target}: the model has no such layer; it has "
                 f"{', '.join(candidates)}, and {ALL_LINEAR} means all but the head"
             )
+    new = _outermost(new)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
         r=args.lora_rank,
         lora_alpha=args.lora_alpha or 2 * args.lora_rank,
         lora_dropout=args.lora_dropout,
         target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
+        modules_to_save=new or None,
+        exclude_modules=new or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.values()),
     )
     return get_peft_model(model, config)
+
+
+def _outermost(new: list[str]) -> list[str]:
+    """Leave out the head, which peft takes by itself, and parts of others: it cannot take a module twice."""
+    alone = [name for name in new if not any(part in HEADS for part in name.split("."))]
+    return [name for name in alone if not any(name.startswith(f"{other}.") for other in alone)]
 
 
 def merge(folder: Path, base: PreTrainedModel) -> None:
