@@ -39,8 +39,9 @@ from transformers import (
 from finetuning import causal, default_run, docstrings, presets
 from finetuning.class_metrics import AccuracyAndMacroF1
 from finetuning.domains import read_domains
-from finetuning.finetune_options import ARGUMENT_TYPES
+from finetuning.finetune_options import ARGUMENT_TYPES, FinetuneModelArguments
 from finetuning.isolation import check_isolation
+from finetuning.pretrained import add_adapters
 from sweeping.execution import as_arguments, recipe_flags
 from sweeping.suite import load_suite
 from training.model import train_tokenizer
@@ -397,6 +398,12 @@ def test_lora_trains_adapters_alone_and_can_be_merged(tmp_path, base, texts):
     start = AutoModelForCausalLM.from_pretrained(base).state_dict()
     changed = {name for name in start if not torch.equal(start[name], whole[name])}
     assert changed == {"transformer.h.0.attn.c_attn.weight"}
+
+
+def test_an_adapter_knows_the_revision_of_its_base(base):
+    args = FinetuneModelArguments(model_name_or_path=base, model_revision="v1", lora_rank=2)
+    model = add_adapters(AutoModelForCausalLM.from_pretrained(base), args, classifies=False, new=[])
+    assert model.peft_config["default"].to_dict()["revision"] == "v1"
 
 
 # ---------------------------------------------------------------- classification

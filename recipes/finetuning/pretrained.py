@@ -134,6 +134,7 @@ def add_adapters(
         target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
         modules_to_save=new or None,
         exclude_modules=new or None,
+        revision=args.model_revision,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in layers.values()),
     )
     return get_peft_model(model, config)
