@@ -78,7 +78,7 @@ def run(
     check_hub(args)
     set_seed(args.seed)
     with args.main_process_first(desc="preparing the data"):
-        tokenizer = load_tokenizer(model_args)
+        tokenizer = load_tokenizer(model_args, data_args.task == "classification")
         task = prepare(data_args, tokenizer)
     model, new = load_model(model_args, tokenizer, data_args.block_size, task.names)
     check_isolation(model, task.data)

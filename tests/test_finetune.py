@@ -34,6 +34,7 @@ from transformers import (
     MambaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from finetuning import causal, default_run, docstrings, presets
@@ -479,6 +480,20 @@ def test_layers_that_the_checkpoint_lacks_are_saved_with_the_adapter(tmp_path, t
             model = AutoModelForSequenceClassification.from_pretrained(out)
         found = class_loss(model, tokenizer, classes, metrics["classes"])
         assert metrics["eval_loss"] == pytest.approx(found, rel=1e-4)
+
+
+def test_a_classifier_needs_no_token_at_the_end_of_a_text(capsys, tmp_path, tokenizer, classes):
+    base, out = tmp_path / "base", f"--output_dir={tmp_path / 'out'}"
+    masked_model("bert", len(tokenizer)).save_pretrained(base)
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    other.save_pretrained(base)
+    named = [f"--model_name_or_path={base}", f"--train_files={classes}", out]
+    assert "neither a pad_token nor" in refused(capsys, "--task=classification", *named)
+    other.pad_token = tokenizer.eos_token
+    other.save_pretrained(base)
+    assert "has no eos_token" in refused(capsys, "--task=causal_lm", *named)
+    metrics = train(tmp_path / "out", base, "classification", f"--train_files={classes}")
+    assert math.isfinite(metrics["eval_loss"])
 
 
 def test_numbers_as_classes_stay_in_their_order(tmp_path, base):

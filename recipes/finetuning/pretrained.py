@@ -25,20 +25,22 @@ ADAPTER = "adapter_config.json"
 HEADS = ("classifier", "score")  # peft's names of what is trained whole in a classifier
 
 
-def load_tokenizer(args: FinetuneModelArguments) -> PreTrainedTokenizerBase:
+def load_tokenizer(args: FinetuneModelArguments, classifies: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer; one without a padding token pads with its end of text.
 
     Raises:
-        InputError: it cannot be loaded, or has no end-of-text token.
+        InputError: it cannot be loaded, or has no end-of-text token: a classifier needs one only to pad with.
     """
     name = args.tokenizer_name or args.path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **({} if args.tokenizer_name else _source(args)))
     except UNREADABLE as error:
         raise InputError(f"cannot load the tokenizer {name}: {error}{_hint(args)}") from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not classifies:
         raise InputError(f"the tokenizer {name} has no eos_token, which must stand at the end of a text")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer {name} has neither a pad_token nor an eos_token to fill up with")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
