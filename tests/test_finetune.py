@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
     DistilBertConfig,
@@ -494,6 +495,31 @@ def test_a_classifier_needs_no_token_at_the_end_of_a_text(capsys, tmp_path, toke
     assert "has no eos_token" in refused(capsys, "--task=causal_lm", *named)
     metrics = train(tmp_path / "out", base, "classification", f"--train_files={classes}")
     assert math.isfinite(metrics["eval_loss"])
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora_rank=2", "--lora_merge=true"]])
+def test_a_classifier_of_other_classes_gets_a_new_head(tmp_path, tokenizer, classes, caplog, lora):
+    base = tmp_path / "base"
+    config = masked_model("bert", len(tokenizer)).config
+    config.num_labels = 5
+    BertForSequenceClassification(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    flags = [f"--train_files={classes}", f"--validation_files={classes}", *lora]
+    metrics = train(tmp_path / "out", base, "classification", *flags)
+    assert "tells 5 classes apart, the data have 2: the head classifier is new" in caplog.text
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "a", 1: "b"}
+    found = class_loss(model, tokenizer, classes, metrics["classes"])
+    assert metrics["eval_loss"] == pytest.approx(found, rel=1e-4)
+
+
+def test_weights_that_are_not_of_the_configured_size(capsys, tmp_path, tokenizer, classes):
+    masked_model("bert", len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 25}))
+    run = ["--task=classification", f"--train_files={classes}", f"--output_dir={tmp_path / 'out'}"]
+    assert "its config.json says" in refused(capsys, *run, f"--model_name_or_path={tmp_path}")
 
 
 def test_numbers_as_classes_stay_in_their_order(tmp_path, base):

@@ -1,10 +1,12 @@
 """The pretrained model and its tokenizer, and LoRA adapters for it."""
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.logging import get_logger
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import (
@@ -23,6 +25,7 @@ from training.model import UNREADABLE, check_sizes
 
 ADAPTER = "adapter_config.json"
 HEADS = ("classifier", "score")  # peft's names of what is trained whole in a classifier
+logger = get_logger(__name__)
 
 
 def load_tokenizer(args: FinetuneModelArguments, classifies: bool = False) -> PreTrainedTokenizerBase:
@@ -79,7 +82,8 @@ def load_model(
     model.config.pad_token_id = tokenizer.pad_token_id
     if names is None:
         model.loss_type = model.loss_type or "ForCausalLM"  # left open, transformers warns of its guess
-    return model, sorted({name.rpartition(".")[0] for name in report["missing_keys"]} - {""})
+    weights = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    return model, sorted({name.rpartition(".")[0] for name in weights} - {""})
 
 
 def _load(args: FinetuneModelArguments, names: list[str] | None) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -91,7 +95,27 @@ def _load(args: FinetuneModelArguments, names: list[str] | None) -> tuple[PreTra
         return AutoModelForCausalLM.from_pretrained(args.path, **options)
     numbers = {name: i for i, name in enumerate(names)}
     classes = {"id2label": dict(enumerate(names)), "label2id": numbers, "num_labels": len(names)}
-    return AutoModelForSequenceClassification.from_pretrained(args.path, **classes, **options)
+    options["ignore_mismatched_sizes"] = True  # of a head for other classes, which is checked here
+    model, report = AutoModelForSequenceClassification.from_pretrained(args.path, **classes, **options)
+    _check_head(args.path, report["mismatched_keys"], len(names))
+    return model, report
+
+
+def _check_head(
+    path: str, mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]], count: int
+) -> None:
+    """Warn of a head that had another number of classes and is new; refuse other weights that do not fit."""
+    for name, found, expected in sorted(mismatched):
+        if expected[0] != count or list(found[1:]) != list(expected[1:]):
+            raise InputError(
+                f"{path}: {name} is of shape {list(found)}, its config.json says {list(expected)}"
+            )
+    if mismatched:
+        name, found, _ = min(mismatched)
+        logger.warning(
+            f"{path} tells {found[0]} classes apart, the data have {count}: "
+            f"the head {name.rpartition('.')[0]} is new and starts from random weights"
+        )
 
 
 def _source(args: FinetuneModelArguments) -> dict[str, str]:
