@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -41,9 +42,10 @@ from transformers import (
 from finetuning import causal, default_run, docstrings, presets
 from finetuning.class_metrics import AccuracyAndMacroF1
 from finetuning.domains import read_domains
-from finetuning.finetune_options import ARGUMENT_TYPES, FinetuneModelArguments
+from finetuning.finetune_options import ARGUMENT_TYPES, FinetuneDataArguments, FinetuneModelArguments
 from finetuning.isolation import check_isolation
 from finetuning.pretrained import add_adapters
+from finetuning.rows import hold_out
 from sweeping.execution import as_arguments, recipe_flags
 from sweeping.suite import load_suite
 from training.model import train_tokenizer
@@ -783,12 +785,41 @@ def test_labels_that_cannot_be_learnt(capsys, base, classes, tmp_path):
     run = ["--task=classification", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
     message = refused(capsys, *run, f"--train_files={classes}", f"--validation_files={odd}")
     assert "never occur in training: 'c' (1 rows)" in message
+    assert "--max_train_rows" in message
     one = write_rows(tmp_path / "one.jsonl", [{"text": "king", "label": "a"}] * 40)
     assert "one class only, 'a'" in refused(capsys, *run, f"--train_files={one}")
     none = write_rows(
         tmp_path / "none.jsonl", [{"text": "k", "label": "a"}, {"text": "k", "label": None}] * 20
     )
     assert "have no label" in refused(capsys, *run, f"--train_files={none}")
+
+
+def test_every_class_of_two_rows_is_held_out_by_its_share():
+    labels = ["a"] * 50 + ["b"] * 30 + ["c"] * 2 + [f"single {i}" for i in range(18)]
+    dataset = datasets.Dataset.from_dict({"text": ["king"] * 100, "label": labels})
+    args = FinetuneDataArguments(task="classification", train_files=["a"], validation_share=0.1)
+    kept, held_out = hold_out(dataset, args, "data")
+    counts = Counter(held_out["label"])
+    assert set(kept["label"]) == set(labels)
+    assert counts["a"] in (5, 6)
+    assert counts["b"] in (3, 4)
+    assert len(held_out) == 10
+    assert len(kept) == 90
+    args.validation_share = 0.95  # more than the classes can spare
+    kept, held_out = hold_out(dataset, args, "data")
+    assert Counter(kept["label"]) == dict.fromkeys(set(labels), 1)
+
+
+def test_scores_are_no_classes(capsys, base, tmp_path):
+    run = ["--task=classification", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
+    for name, label in {
+        "fractions": lambda i: i % 26 / 5,  # 26 of them, as in STS-B
+        "numbers": lambda i: i // 2 * 3 + i % 2,
+        "all different": lambda i: i + 0.5,
+    }.items():
+        rows = [{"text": f"king {i}", "label": label(i)} for i in range(100)]
+        message = refused(capsys, *run, f"--train_files={write_rows(tmp_path / f'{name}.jsonl', rows)}")
+        assert "choose another --label_column" in message
 
 
 def test_empty_and_long_rows_are_counted(tmp_path, base, caplog):

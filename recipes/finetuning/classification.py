@@ -15,6 +15,8 @@ from finetuning.rows import Rows, warn
 from training.errors import InputError
 from training.packing import Blocks
 
+MOST_NUMBERS = 20  # more of them than that are a score if they have fractions, or if most occur only once:
+MOST_ONCE = 0.9  # different ones a row
 UNLABELLED = -1  # what the Hub's hidden test splits hold
 
 
@@ -22,22 +24,39 @@ def class_names(rows: Rows, column: str) -> list[str]:
     """Return the classes in the training part, in the order of their numbers or else sorted.
 
     Raises:
-        InputError: a row has no class, a class of the validation part was never trained on, or there is
-            only one.
+        InputError: a row has no class, a class of the validation part was never trained on, there is only
+            one, or the classes are a score.
     """
     train, validation = (_labels(part, column) for part in (rows.train, rows.validation))
     known = set(train)
+    if _declared(rows.train, column) is None:
+        _check_discrete(known, len(train), f"{rows.name}: column {column!r}")
     unseen = Counter(label for label in validation if label not in known)
     if unseen:
         listed = ", ".join(f"{label!r} ({count} rows)" for label, count in sorted(unseen.items()))
         raise InputError(
             f"{rows.name}: these labels of the validation part never occur in training: {listed}. Leave "
-            f"their rows out, or train on some"
+            f"their rows out, or train on some: with a larger --max_train_rows, if it is given, or with "
+            f"--validation_share, of every class, in place of --validation_files or --validation_split"
         )
     names = _declared(rows.train, column) or sorted(known, key=_number_or_text)
     if len(names) < 2:
         raise InputError(f"{rows.name}: column {column!r} holds one class only, {names[0]!r}")
     return names
+
+
+def _check_discrete(labels: set[str], rows: int, column: str) -> None:
+    if len(labels) <= MOST_NUMBERS:
+        return
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return
+    if len(labels) > MOST_ONCE * rows or any(number % 1 for number in numbers):
+        raise InputError(
+            f"{column} holds {len(labels)} different numbers in {rows} rows, as {max(labels, key=len)}: "
+            f"a score, not classes. Round it to a few of them, or choose another --label_column"
+        )
 
 
 def _declared(dataset: datasets.Dataset, column: str) -> list[str] | None:

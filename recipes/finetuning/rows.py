@@ -1,5 +1,7 @@
 """Where the rows come from: the embedded docstrings, local files, or a dataset of the Hub."""
 
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ def _dataset(args: FinetuneDataArguments, name: str) -> Rows:
     if args.validation_split:
         validation = _load_split(args, args.validation_split)
     else:
-        train, validation = _hold_out(train, args, name)
+        train, validation = hold_out(train, args, name)
     title = " ".join(filter(None, (name, args.dataset_config_name, args.dataset_revision)))
     return Rows(title, train, validation, train.info.license or None)
 
@@ -100,7 +102,7 @@ def _local_files(args: FinetuneDataArguments, names: list[str]) -> Rows:
     train, title = _read(names), ", ".join(Path(name).name for name in names)
     if args.validation_files:
         return Rows(title, train, _read(args.validation_files))
-    return Rows(title, *_hold_out(train, args, title))
+    return Rows(title, *hold_out(train, args, title))
 
 
 def _read(names: list[str]) -> datasets.Dataset:
@@ -124,16 +126,47 @@ def _load(source: str, **options: Any) -> datasets.Dataset:
         ) from error
 
 
-def _hold_out(
+def hold_out(
     dataset: datasets.Dataset, args: FinetuneDataArguments, name: str
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Split off `--validation_share` of the rows at random, of each class where there are classes.
+
+    Raises:
+        InputError: a part would be empty.
+    """
     count = round(args.validation_share * len(dataset))
     if not 0 < count < len(dataset):
         raise InputError(
             f"{name} has {len(dataset)} rows: --validation_share {args.validation_share} leaves a part empty"
         )
+    if args.task == "classification" and args.label_column in dataset.column_names:
+        held_out = _of_every_class(dataset[args.label_column], count)
+        if not held_out:
+            raise InputError(
+                f"{name}: no value of column {args.label_column!r} occurs twice, so they are no classes; "
+                f"choose another --label_column"
+            )
+        kept = sorted(set(range(len(dataset))).difference(held_out))
+        return dataset.select(kept), dataset.select(held_out)
     parts = dataset.train_test_split(test_size=count, seed=SPLIT_SEED)
     return parts["train"], parts["test"]
+
+
+def _of_every_class(labels: Iterable[Any], count: int) -> list[int]:
+    """Choose at most `count` rows at random: of each class its share, but never all: who would learn it?
+
+    The rows of a class of n lie 1/n apart from a random offset below 1/n on; those that lie first are chosen.
+    """
+    draw = random.Random(SPLIT_SEED)
+    classes: dict[str, list[int]] = {}
+    for row, label in enumerate(labels):
+        classes.setdefault(str(label), []).append(row)
+    placed = []
+    for rows in classes.values():
+        draw.shuffle(rows)
+        offset = draw.random()
+        placed += [((i + offset) / len(rows), row) for i, row in enumerate(rows[:-1])]
+    return sorted(row for _, row in sorted(placed)[:count])
 
 
 def _some(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
