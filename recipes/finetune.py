@@ -28,7 +28,7 @@ from finetuning.finetune_options import (
     FinetuneDataArguments,
     FinetuneModelArguments,
 )
-from finetuning.isolation import check_isolation
+from finetuning.isolation import check_causality, check_isolation
 from finetuning.presets import apply_preset
 from finetuning.pretrained import add_adapters, load_model, load_tokenizer, merge
 from finetuning.tasks import Task, prepare
@@ -81,7 +81,9 @@ def run(
         tokenizer = load_tokenizer(model_args, data_args.task == "classification")
         task = prepare(data_args, tokenizer)
     model, new = load_model(model_args, tokenizer, data_args.block_size, task.names)
-    check_isolation(model, task.data)
+    if task.names is None:
+        check_causality(model)
+        check_isolation(model, task.data)
     if model_args.lora_rank:
         model = add_adapters(model, model_args, task.names is not None, new)
     check_optimizer(args, model)

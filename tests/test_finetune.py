@@ -16,6 +16,8 @@ import transformers
 from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -39,13 +41,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetuning import causal, default_run, docstrings, presets
+from finetuning import causal, default_run, docstrings, presets, tasks
 from finetuning.class_metrics import AccuracyAndMacroF1
+from finetuning.classification import class_names
 from finetuning.domains import read_domains
 from finetuning.finetune_options import ARGUMENT_TYPES, FinetuneDataArguments, FinetuneModelArguments
 from finetuning.isolation import check_isolation
 from finetuning.pretrained import add_adapters
-from finetuning.rows import hold_out
+from finetuning.rows import Rows, check_columns, hold_out
 from sweeping.execution import as_arguments, recipe_flags
 from sweeping.suite import load_suite
 from training.model import train_tokenizer
@@ -267,6 +270,60 @@ def test_overwriting_leaves_no_chat_template_of_the_old_run(tmp_path, base, text
     train(out, base, "causal_lm", *flags, "--overwrite_output_dir")
     assert AutoTokenizer.from_pretrained(out).chat_template is None
     assert (out / "tokenizer_notes").is_dir()
+
+
+ENDLESS = (
+    "<|endoftext|>{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_response_ends_with_a_token_whatever_the_chat_template_says(tokenizer, caplog):
+    for template, count in ((ENDLESS, 1), (ENDLESS.replace("}{% endfor", "}<|endoftext|>{% endfor"), 0)):
+        tokenizer.chat_template = template
+        try:
+            (example,) = causal._of_pairs(["ask"], ["answer"], tokenizer)
+        finally:
+            tokenizer.chat_template = None
+        assert example.ids[-1] == tokenizer.eos_token_id
+        assert example.ids.count(tokenizer.eos_token_id) == (2 if count else 3)
+        assert ("1 responses have no end in the chat template" in caplog.text) == bool(count)
+        caplog.clear()
+
+
+def test_the_sample_begins_with_one_token_of_the_beginning(tokenizer):
+    adding = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        chat_template=ENDLESS,
+    )
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    part = datasets.Dataset.from_list([{"ask": "the king", "answer": "said"}])
+    args = FinetuneDataArguments(
+        task="causal_lm", train_files=["a"], prompt_column="ask", response_column="answer"
+    )
+    prompt = tasks._prompt(Rows("data", part, part), args, adding)
+    (example,) = causal._of_pairs(["the king"], ["said"], adding)
+    assert adding(prompt)["input_ids"] == example.ids[: example.given]
+
+
+def test_an_encoder_is_no_causal_language_model(capsys, tmp_path, tokenizer, texts):
+    masked_model("bert", len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    run = ["--task=causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
+    message = refused(capsys, *run, f"--model_name_or_path={tmp_path}")
+    assert "it is an encoder" in message
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_texts_without_text_are_counted(tmp_path, tokenizer, caplog, packing):
+    part = datasets.Dataset.from_list([{"text": "the king said " * 9}, {"text": None}, {"text": ""}])
+    args = FinetuneDataArguments(task="causal_lm", train_files=["a"], packing=packing == "true", block_size=4)
+    causal.encode(part, tokenizer, args, None)
+    assert "2 rows have no text" in caplog.text
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
@@ -706,6 +763,7 @@ def refused(capsys, *flags):
         (["--task=causal_lm", "--model_package=nothing_here"], "no such package"),
         (["--task=causal_lm", "--model_package=json", "--model_name_or_path=a"], "give one of them"),
         (["--push_to_hub=true"], "name its --task"),
+        (["--task=causal_lm", "--block_size=1"], "leaves nothing to predict"),
     ],
 )
 def test_options_that_cannot_be_used(capsys, base, tmp_path, flags, expected):
@@ -820,6 +878,19 @@ def test_scores_are_no_classes(capsys, base, tmp_path):
         rows = [{"text": f"king {i}", "label": label(i)} for i in range(100)]
         message = refused(capsys, *run, f"--train_files={write_rows(tmp_path / f'{name}.jsonl', rows)}")
         assert "choose another --label_column" in message
+
+
+def test_label_columns_that_hold_no_classes():
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    one = datasets.Dataset.from_dict({"text": ["king"] * 4, "label": [1] * 4}, features=features)
+    with pytest.raises(ValueError, match="one class only, 'b'"):
+        class_names(Rows("data", one, one), "label")
+    lists = datasets.Dataset.from_dict({"text": ["king"] * 2, "label": [[0, 1], [1, 1]]})
+    args = FinetuneDataArguments(task="classification", train_files=["a"])
+    with pytest.raises(ValueError, match="not one value a row: see --label_column"):
+        check_columns(lists, "data", args)
 
 
 def test_empty_and_long_rows_are_counted(tmp_path, base, caplog):

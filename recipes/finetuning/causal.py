@@ -57,7 +57,9 @@ def encode(
         InputError: there is nothing to learn in the rows.
     """
     if args.prompt_column is None and args.packing:
-        return pack(Documents(rows[args.text_column]), tokenizer, args.block_size, limit)
+        texts = rows[args.text_column]
+        _warn_of_missing(texts)
+        return pack(Documents(texts), tokenizer, args.block_size, limit)
     columns = [list(rows[column]) for column in args.columns.values()]
     examples = (_of_pairs if args.prompt_column else _of_texts)(*columns, tokenizer)
     examples = _cut(examples, args.block_size)
@@ -70,9 +72,13 @@ def encode(
     return Blocks(datasets.Dataset.from_list(sequences), tokens, sha256=digest)
 
 
+def _warn_of_missing(texts: Iterable[str | None]) -> None:
+    warn(sum(not text for text in texts), "rows have no text and are left out")
+
+
 def _of_texts(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    _warn_of_missing(texts)
     kept = [text for text in texts if text]
-    warn(len(texts) - len(kept), "rows have no text and are left out")
     start, end = opening(tokenizer), [tokenizer.eos_token_id]
     return [Example(start + ids + end, 1) for ids in _tokens(kept, tokenizer)]
 
@@ -90,10 +96,21 @@ def _of_pairs(
     # Tokenized one by one: no token may span the border, as none does when the model is asked.
     asked = _tokens([prompt for prompt, _ in written], tokenizer)
     answered = _tokens([response for _, response in written], tokenizer)
+    if tokenizer.chat_template:
+        answered = _ended(answered, tokenizer)
     return [
         Example(start + given + learnt + end, max(1, len(start + given)))
         for given, learnt in zip(asked, answered, strict=True)
     ]
+
+
+def _ended(responses: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Put the end of text after responses that the chat template ends with no token of its own."""
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    endless = [marks.isdisjoint(ids) for ids in responses]
+    warn(sum(endless), f"responses have no end in the chat template: {tokenizer.eos_token} is put after each")
+    end = [tokenizer.eos_token_id]
+    return [ids + end if missing else ids for ids, missing in zip(responses, endless, strict=True)]
 
 
 def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -40,8 +40,8 @@ def class_names(rows: Rows, column: str) -> list[str]:
             f"--validation_share, of every class, in place of --validation_files or --validation_split"
         )
     names = _declared(rows.train, column) or sorted(known, key=_number_or_text)
-    if len(names) < 2:
-        raise InputError(f"{rows.name}: column {column!r} holds one class only, {names[0]!r}")
+    if len(known) < 2:
+        raise InputError(f"{rows.name}: column {column!r} holds one class only, {train[0]!r}")
     return names
 
 

@@ -174,6 +174,8 @@ class FinetuneDataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1, not {value}")
+        if self.block_size == 1 and self.task != "classification":
+            raise InputError("--block_size 1 leaves nothing to predict: give at least 2, better hundreds")
         if not 0.0 < self.validation_share < 1.0:
             raise InputError(f"--validation_share must lie between 0 and 1, not {self.validation_share}")
 

@@ -1,4 +1,4 @@
-"""Whether packed examples are isolated from each other in a model: not every architecture can do so."""
+"""Which tokens a model sees: none that come later, and none of the examples packed with its own."""
 
 import inspect
 from collections.abc import Iterator
@@ -16,6 +16,26 @@ from training.packing import Data
 SHORT = 16  # tokens of an example that is compared
 
 
+def check_causality(model: PreTrainedModel) -> None:
+    """Change the last token of a sequence and compare the logits before it.
+
+    Args:
+        model: as loaded; it runs without gradients, in eval mode. On several processes all must call this.
+
+    Raises:
+        InputError: the model sees later tokens, as encoders do.
+    """
+    ids = list(range(min(SHORT, model.config.get_text_config().vocab_size)))
+    changed = [*ids[:-1], ids[0]]
+    with _evaluating(model):
+        before, after = (_logits(model, [tokens])[:-1] for tokens in (ids, changed))
+    if _differ(before, after):
+        raise InputError(
+            f"{type(model).__name__} sees the tokens that it should predict: it is an encoder, which can be "
+            f"a classifier (--task classification) but not a causal language model"
+        )
+
+
 def check_isolation(model: PreTrainedModel, data: Data) -> None:
     """Compare two packed examples with themselves alone, on the model itself.
 
@@ -31,18 +51,30 @@ def check_isolation(model: PreTrainedModel, data: Data) -> None:
     examples = _joined(data)
     if examples is None:
         return
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), _gathered(model):
+    with _evaluating(model):
         packed = _logits(model, examples)
         alone = torch.cat([_logits(model, [ids]) for ids in examples])
-    model.train(was_training)
-    rounding = max(1e-4, 4 * torch.finfo(packed.dtype).eps)  # of many layers, relative; leaks are far above
-    if torch.dist(packed, alone) > rounding * torch.linalg.vector_norm(alone):
+    if _differ(packed, alone):
         raise InputError(
             f"{type(model).__name__} does not isolate examples by their position_ids: a packed one sees "
             f"those before it in its sequence; give --packing false"
         )
+
+
+def _differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    rounding = max(
+        1e-4, 4 * torch.finfo(found.dtype).eps
+    )  # of many layers, relative; what is seen is far above
+    return bool(torch.dist(found, expected) > rounding * torch.linalg.vector_norm(expected))
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), _gathered(model):
+        yield
+    model.train(was_training)
 
 
 def _joined(data: Data) -> list[list[int]] | None:

@@ -71,6 +71,10 @@ def check_columns(dataset: datasets.Dataset, name: str, args: FinetuneDataArgume
                 f"{name} has no column {column!r}; --{option} is one of: {', '.join(dataset.column_names)}"
             )
         feature = dataset.features[column]
+        if option not in KIND and not isinstance(feature, datasets.Value | datasets.ClassLabel):
+            raise InputError(
+                f"{name}: column {column!r} holds {feature}, not one value a row: see --{option}"
+            )
         textual = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
         if option in KIND and not textual:
             raise InputError(

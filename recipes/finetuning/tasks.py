@@ -96,4 +96,6 @@ def _prompt(rows: Rows, args: FinetuneDataArguments, tokenizer: PreTrainedTokeni
     if args.prompt_column is None:
         text = next((text for text in rows.validation[args.text_column] if text), "")
         return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:8])
-    return causal.render(rows.validation[0][args.prompt_column] or "", "", tokenizer)[0]
+    prompt = causal.render(rows.validation[0][args.prompt_column] or "", "", tokenizer)[0]
+    # A chat template may write what the tokenizer puts before every text by itself.
+    return prompt.removeprefix(tokenizer.bos_token) if causal.opening(tokenizer) else prompt
