@@ -13,6 +13,7 @@ import gguf
 import pytest
 import torch
 import transformers
+from accelerate import PartialState
 from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -279,6 +280,7 @@ ENDLESS = (
 
 
 def test_a_response_ends_with_a_token_whatever_the_chat_template_says(tokenizer, caplog):
+    PartialState(cpu=True)  # accelerate's logger asks for it
     for template, count in ((ENDLESS, 1), (ENDLESS.replace("}{% endfor", "}<|endoftext|>{% endfor"), 0)):
         tokenizer.chat_template = template
         try:
@@ -322,6 +324,7 @@ def test_an_encoder_is_no_causal_language_model(capsys, tmp_path, tokenizer, tex
 def test_texts_without_text_are_counted(tmp_path, tokenizer, caplog, packing):
     part = datasets.Dataset.from_list([{"text": "the king said " * 9}, {"text": None}, {"text": ""}])
     args = FinetuneDataArguments(task="causal_lm", train_files=["a"], packing=packing == "true", block_size=4)
+    PartialState(cpu=True)  # accelerate's logger asks for it
     causal.encode(part, tokenizer, args, None)
     assert "2 rows have no text" in caplog.text
 
