@@ -4,7 +4,6 @@ Everything in it comes from the run folder; a template says where it stands.
 """
 
 import os
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ METRICS = {
     "f1": "f1",
     "macro_f1": "f1",
 }
-_LOCAL_FOLDERS = re.compile(r"(?<![\w:/.~)\]-])/(?:[\w.+@~-]+/)+(?=[\w.+@~-])")  # of an absolute path
 LOADERS = {"text-generation": "CausalLM", "text-classification": "SequenceClassification"}
 
 
@@ -66,8 +64,7 @@ def write_card(
         licence=_licence(facts, license_name),
         citations=(HERE / "citations.bib").read_text(encoding="utf-8").strip(),
     )
-    text = _LOCAL_FOLDERS.sub("", scrub(str(card)))
-    card = ModelCard(text)  # its metadata is read again, which validates it
+    card = ModelCard(scrub(str(card)))  # and its metadata is read again, which validates it
     card.save(folder / "README.md")
     return card
 
