@@ -29,7 +29,7 @@ from finetuning.finetune_options import (
     FinetuneModelArguments,
 )
 from finetuning.isolation import check_causality, check_isolation
-from finetuning.presets import apply_preset
+from finetuning.presets import apply_presets, presets_of
 from finetuning.pretrained import add_adapters, load_model, load_tokenizer, merge
 from finetuning.tasks import Task, prepare
 from publishing.checks import check_hub
@@ -70,7 +70,7 @@ def run(
     if data_args.task is None:
         run_default(invocation["command"], model_args, args)
         return
-    apply_preset(model_args, args)
+    apply_presets(presets_of(data_args.task, model_args), args)
     # Not later: the output folder may have the name of a model on the Hub.
     base_model = model_args.base
     checkpoint = find_checkpoint(args)

@@ -723,22 +723,33 @@ def test_the_default_model_is_made_if_it_is_not_there(tmp_path, base, in_this_pr
 
 
 def parsed(*flags):
-    model_args, _, args = parse(["--use_cpu=true", *flags], ARGUMENT_TYPES)
-    presets.apply_preset(model_args, args)
+    model_args, data_args, args = parse(["--use_cpu=true", *flags], ARGUMENT_TYPES)
+    presets.apply_presets(presets.presets_of(data_args.task, model_args), args)
     return args
 
 
-def test_presets_fill_in_what_is_not_given():
-    full, lora = presets.PRESETS["full"], presets.PRESETS["lora"]
-    scale = f"matrix_lr_scale={full.method_options['matrix_lr_scale']}"
-    assert (parsed().learning_rate, parsed().optim_args) == (full.learning_rate, scale)
-    assert parsed("--lora_rank=4").learning_rate == lora.learning_rate
-    given = parsed("--learning_rate=3e-3", "--optim_args=momentum=0.9,matrix_lr_scale=2")
-    assert (given.learning_rate, given.optim_args) == (3e-3, "momentum=0.9,matrix_lr_scale=2")
-    assert parsed("--optim_args=momentum=0.9").optim_args == f"momentum=0.9,{scale}"
+def test_presets_fill_in_what_is_not_given(capsys):
+    default = parsed()
+    assert (default.learning_rate, default.optim_args) == (1e-2, "momentum=0.8,lower_bound_slack=1.0")
+    assert "unless --preset false: momentum=0.8, lower_bound_slack=1.0" in capsys.readouterr().out
+    assert parsed("--optim=muon", "--lora_rank=4").learning_rate == 3e-3
+    given = parsed("--learning_rate=3e-3", "--optim_args=momentum=0.9,lower_bound_slack=0.5")
+    assert (given.learning_rate, given.optim_args) == (3e-3, "momentum=0.9,lower_bound_slack=0.5")
     assert parsed("--preset=false").optim_args is None
     adamw = parsed("--optim=adamw_torch")
     assert (adamw.learning_rate, adamw.optim_args) == (presets.ADAM_LEARNING_RATE, None)
+
+
+def test_presets_give_a_method_only_what_it_has():
+    for flag, given in (("--optim=muon", ""), ("--optim_args=loss_lower_bound=0.0", "loss_lower_bound=0.0,")):
+        args = parsed(flag)
+        assert (args.learning_rate, args.optim_args) == (3e-4, f"{given}momentum=0.8")
+    free = "descent=constrained,product_norm=linf,vector_norm=linf"
+    assert parsed("--optim=noneuclid", f"--optim_args={free}").optim_args == f"{free},momentum=0.8"
+    momo = parsed("--optim=noneuclid", f"--optim_args={free},momo=true").optim_args
+    assert momo == f"{free},momo=true,momentum=0.8,lower_bound_slack=1.0"
+    classifier = parsed("--task=classification", "--train_files=a", "--label_column=b")
+    assert (classifier.learning_rate, classifier.optim_args) == (1e-3, None)
 
 
 # ---------------------------------------------------------------- bad input
@@ -943,8 +954,8 @@ def test_a_file_without_anything_to_learn(capsys, base, tmp_path):
 def test_the_example_is_the_default_run():
     written = parse(["--config", str(RECIPES / "configs" / "finetune_docstrings.yaml")], ARGUMENT_TYPES)
     default = parse(["--task=causal_lm", "--model_name_or_path=outputs/pretrain"], ARGUMENT_TYPES)
-    for model_args, _, args in (written, default):
-        presets.apply_preset(model_args, args)
+    for model_args, data_args, args in (written, default):
+        presets.apply_presets(presets.presets_of(data_args.task, model_args), args)
     for given, expected in zip(written, default, strict=True):
         differing = {key for key, value in vars(given).items() if value != vars(expected)[key]}
         assert differing <= {"output_dir", "logging_dir", "distributed_state"}
