@@ -52,11 +52,17 @@ def publish_folder(args: argparse.Namespace) -> None:
     """Push the folder of a run.
 
     Raises:
-        InputError: it holds no finished run, or may not be pushed there.
+        InputError: it holds no finished run, or an adapter that nobody else could load, or may not be pushed
+            there.
         PushError: the Hub or the network failed.
     """
     folder: Path = args.folder
-    RunFacts.read(folder)
+    facts = RunFacts.read(folder)
+    if facts.adapter and facts.hub_base is None:
+        raise InputError(
+            f"{folder} holds an adapter whose model is not on the Hub: nobody else could load it. Train with "
+            "--lora_merge true"
+        )
     repository = Repository(
         args.hub_model_id or folder.absolute().name, private=args.hub_private_repo, revision=args.hub_revision
     )

@@ -67,6 +67,12 @@ CHAT = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def state():
+    """What accelerate's logger asks for; a run makes it before anything is logged."""
+    PartialState(cpu=True)
+
+
 @pytest.fixture(autouse=True)
 def _own_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
@@ -280,7 +286,6 @@ ENDLESS = (
 
 
 def test_a_response_ends_with_a_token_whatever_the_chat_template_says(tokenizer, caplog):
-    PartialState(cpu=True)  # accelerate's logger asks for it
     for template, count in ((ENDLESS, 1), (ENDLESS.replace("}{% endfor", "}<|endoftext|>{% endfor"), 0)):
         tokenizer.chat_template = template
         try:
@@ -324,7 +329,6 @@ def test_an_encoder_is_no_causal_language_model(capsys, tmp_path, tokenizer, tex
 def test_texts_without_text_are_counted(tmp_path, tokenizer, caplog, packing):
     part = datasets.Dataset.from_list([{"text": "the king said " * 9}, {"text": None}, {"text": ""}])
     args = FinetuneDataArguments(task="causal_lm", train_files=["a"], packing=packing == "true", block_size=4)
-    PartialState(cpu=True)  # accelerate's logger asks for it
     causal.encode(part, tokenizer, args, None)
     assert "2 rows have no text" in caplog.text
 

@@ -408,6 +408,10 @@ def test_folders_that_cannot_be_pushed(hub, run, tmp_path, capsys):
     (run / "metrics.json").write_text(json.dumps(metrics))
     (run / "model.safetensors").unlink()
     assert "holds no model" in refused(capsys, publish.main, "--folder", run)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run / name).write_text("{}")
+    (run / "metrics.json").write_text(json.dumps({**metrics, "base_model": describe_base(str(tmp_path))}))
+    assert "whose model is not on the Hub" in refused(capsys, publish.main, "--folder", run)
     assert not hub.repos
 
 

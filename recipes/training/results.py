@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction, Trainer
 
 from training.drawing import BLUE, STYLE, VERMILION, History, series
 from training.files import finite, write_whole
@@ -123,7 +123,7 @@ def sample(folder: Path, prompt: str, args: RecipeArguments) -> str:
     it less than half of them loses its beginning.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(args.device)
+    model = _saved_model(folder).to(args.device)
     torch.manual_seed(args.seed)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False)
     given = inputs["input_ids"].shape[1]
@@ -140,7 +140,17 @@ def sample(folder: Path, prompt: str, args: RecipeArguments) -> str:
     return tokenizer.decode(tokens[0])
 
 
-def _share_positions(model: PreTrainedModel, given: int, wanted: int) -> tuple[int, int]:
+def _saved_model(folder: Path) -> torch.nn.Module:
+    if not (folder / "adapter_config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(folder)
+    from peft import (
+        AutoPeftModelForCausalLM,
+    )  # slow, and the one that takes the revision of an adapter's base
+
+    return AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
+def _share_positions(model: torch.nn.Module, given: int, wanted: int) -> tuple[int, int]:
     """Return how many tokens of a prompt are kept, and how many follow them."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:  # a recurrent model's, or one's that weighs distances
