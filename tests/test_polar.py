@@ -154,6 +154,29 @@ def test_the_gram_form_is_as_accurate_as_the_direct_one(method, dtype, kind):
     assert values.max() < SPREAD[method, dtype][1] + 0.02
 
 
+def dominated(count, rows, columns):
+    """Matrices that one direction of few entries dominates, as in the momenta of pretrained models."""
+    g = torch.Generator().manual_seed(100)
+    share = 0.2 + 0.8 * torch.rand(count, 1, 1, generator=g)
+    pair = []
+    for n in (rows, columns):
+        power = 10 ** (1.5 * torch.rand(count, 1, generator=g)) - 1
+        entries = torch.randn(count, n, generator=g) * torch.rand(count, n, generator=g) ** power
+        pair.append(entries / entries.norm(dim=1, keepdim=True))
+    rest = torch.randn(count, rows, columns, generator=g)
+    rest *= (1 - share**2).sqrt() / rest.norm(dim=(1, 2), keepdim=True)
+    return share * pair[0].unsqueeze(2) * pair[1].unsqueeze(1) + rest
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
+@pytest.mark.parametrize("steps", [5, 6, 7, 8])
+def test_one_dominating_direction_is_not_lifted(method, form, steps):
+    """A Gram matrix that has parted from its X by rounding sent singular values to 1e12 here."""
+    got = polar_factor(dominated(3000, 8, 24), method=method, form=form, steps=steps, dtype=torch.bfloat16)
+    assert torch.linalg.matrix_norm(got.float(), ord=2).max() < 1.25
+
+
 def test_the_cheaper_form_is_the_default():
     assert cheaper_form(768, 768, 5) == "direct"
     assert cheaper_form(768, 3072, 5) == cheaper_form(3072, 768, 5) == "gram"
