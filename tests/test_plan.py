@@ -59,7 +59,7 @@ def test_ddp_on_two_gpus():
     """Each owns a matrix of 32 elements, and hands its direction (2 bytes) to the other."""
     costs = costs_of("ddp", (2, 1))
     assert costs.owned.tolist() == [[32], [32]]
-    assert costs.flops.tolist() == [[12 * 4 * 4 * 8 + 22 * 4**3]] * 2  # by the Gram matrix: 4 x 8 is wide
+    assert costs.flops.tolist() == [[16 * 4 * 4 * 8 + 16 * 4**3]] * 2  # by the Gram matrix: 4 x 8 is wide
     sent = {name: by_rank.tolist() for name, by_rank in costs.sent_bytes().items()}
     assert sent == {
         "momentum": [[0], [0]],
@@ -179,7 +179,7 @@ def test_llama_7b_on_1024_gpus(capsys):
     assert said["parameters"] == 6_738_415_616
     assert said["matrix_elements"] == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert len(said["rows"]) == 2 * 6
-    square, wide = 30 * 4096**3, 12 * 4096**2 * 11008 + 22 * 4096**3
+    square, wide = 30 * 4096**3, 16 * 4096**2 * 11008 + 16 * 4096**3
     total = 32 * (4 * square + 3 * wide)
     for row in said["rows"]:
         flops, gpus = row["polar_flops"], row["gpus"]
