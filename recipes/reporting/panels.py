@@ -30,7 +30,7 @@ OTHER_LOOKS = (("#E69F00", "P"), ("#56B4E9", "X"), ("#7F7F7F", "*"), ("#F0E442",
 SHOWN_ABOVE_BEST = 0.6  # of the best loss: what is higher is marked at the top edge
 COLUMNS = 3
 ROW = 5  # points between the rows of marks over the top edge
-TITLE_WIDTH = 34  # characters
+TITLE_WIDTH = 28  # characters
 LOSS_LABEL, RATE_LABEL = "final validation loss (nats)", "learning rate"
 
 
