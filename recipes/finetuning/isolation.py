@@ -62,9 +62,8 @@ def check_isolation(model: PreTrainedModel, data: Data) -> None:
 
 
 def _differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    rounding = max(
-        1e-4, 4 * torch.finfo(found.dtype).eps
-    )  # of many layers, relative; what is seen is far above
+    # Relative, of many layers; what a token sees of others is far above.
+    rounding = max(1e-4, 4 * torch.finfo(found.dtype).eps)
     return bool(torch.dist(found, expected) > rounding * torch.linalg.vector_norm(expected))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from hf_noneuclid.methods import FREE_METHOD, METHODS, all_names, canonical_name
 
 from finetuning.finetune_options import FinetuneArguments, FinetuneModelArguments
+from training.optim_args import option_pairs
 
 ADAM_LEARNING_RATE = 5e-5  # the Trainer's own default, for its own optimizers
 
@@ -56,7 +57,7 @@ def presets_of(task: str | None, model_args: FinetuneModelArguments) -> Presets:
 def apply_presets(presets: Presets, args: FinetuneArguments) -> None:
     """Fill in the learning rate and the method's options that are not given, and print the options."""
     ours = args.optim.value in all_names()
-    given = _options(args.optim_args)
+    given = option_pairs(args.optim_args)
     preset = presets.momo if ours and _finds_bound(args.optim.value, given) else presets.plain
     if args.learning_rate is None:
         args.learning_rate = preset.learning_rate if ours else ADAM_LEARNING_RATE
@@ -67,12 +68,7 @@ def apply_presets(presets: Presets, args: FinetuneArguments) -> None:
             print(f"For fine-tuning, unless --preset false: {', '.join(missing)}")
 
 
-def _options(text: str | None) -> dict[str, str]:
-    pairs = (pair.partition("=") for pair in (text or "").split(","))
-    return {name.strip(): value.strip().lower() for name, _, value in pairs}
-
-
 def _finds_bound(method: str, given: Mapping[str, str]) -> bool:
     name = canonical_name(method)
-    momo = given.get("momo") == "true" if name == FREE_METHOD else METHODS[name].momo
+    momo = given.get("momo", "").lower() == "true" if name == FREE_METHOD else METHODS[name].momo
     return momo and "loss_lower_bound" not in given

@@ -14,6 +14,7 @@ from hf_noneuclid.options import LOWER_BOUND_OPTIONS, OPTIMIZER_OPTIONS
 
 from training.base_model import describe_base
 from training.errors import InputError
+from training.optim_args import option_pairs
 
 # Parts of metrics.json that are no results.
 DESCRIPTION = {
@@ -145,8 +146,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _pairs(text: str | Mapping[str, Any] | None) -> dict[str, str]:
     if isinstance(text, Mapping):
         return {key: str(value) for key, value in text.items()}
-    pairs = (pair.partition("=") for pair in (text or "").split(",") if pair.strip())
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    return option_pairs(text)
 
 
 def _numbers(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:

@@ -15,9 +15,10 @@ from costs.engine_costs import plan_row
 from costs.layout_costs import ENGINES, Costs, grid_of, shapes_of
 from sweeping.execution import Launch, as_arguments, launcher, recipe_flags
 from sweeping.suite import Suite
-from sweeping.suite_checks import check_suite, option_pairs
+from sweeping.suite_checks import check_suite
 from sweeping.sweep_folder import run_folder
 from training.model import load_config
+from training.optim_args import option_pairs
 from training.options import DataArguments, ModelArguments, RecipeArguments
 
 FLOPS = 6  # a parameter and token: forward 2, backward 4; attention and polar factors are left out
@@ -127,7 +128,7 @@ def _memory(model: torch.nn.Module, flags: Mapping[str, Any], launch: Launch, pa
     if method not in all_names():
         shards = 1 if engine == "ddp" else launch.processes
         return (4 + 4 + ADAM_BYTES) * parameters // shards
-    options = parse_options(option_pairs(flags.get("optim_args") or ""))
+    options = parse_options(option_pairs(flags.get("optim_args")))
     shapes = shapes_of(model, method, **options)
     grid = grid_of(engine, launch.processes, gpus_per_node=min(8, launch.processes))
     dtype = "bf16" if flags.get("bf16") else "fp32"

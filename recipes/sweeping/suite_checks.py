@@ -16,6 +16,7 @@ from sweeping.execution import FOLDER, as_arguments, recipe_flags
 from sweeping.suite import Suite
 from training import options
 from training.errors import InputError
+from training.optim_args import option_pairs
 
 FILES = ("train_files", "validation_files", "old_domain_files")
 ARGUMENT_TYPES = {"pretrain": options.ARGUMENT_TYPES, "finetune": finetune_options.ARGUMENT_TYPES}
@@ -58,12 +59,6 @@ def check_model(suite: Suite) -> None:
             f"the suite starts from {DEFAULT_MODEL}, which is not there: run recipes/pretrain.py first, "
             "or name another with --option model_name_or_path=..."
         )
-
-
-def option_pairs(text: str) -> dict[str, str]:
-    """Return the options in a value of --optim_args, as text."""
-    pairs = [pair.partition("=") for pair in text.split(",") if pair]
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 class _UsageError(ValueError):

@@ -143,9 +143,8 @@ def sample(folder: Path, prompt: str, args: RecipeArguments) -> str:
 def _saved_model(folder: Path) -> torch.nn.Module:
     if not (folder / "adapter_config.json").is_file():
         return AutoModelForCausalLM.from_pretrained(folder)
-    from peft import (
-        AutoPeftModelForCausalLM,
-    )  # slow, and the one that takes the revision of an adapter's base
+    # Slow to import, and the one that takes the revision of an adapter's base.
+    from peft import AutoPeftModelForCausalLM
 
     return AutoPeftModelForCausalLM.from_pretrained(folder)
 
