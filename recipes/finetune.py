@@ -18,25 +18,30 @@ from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import HubStrategy
 
-from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
-
-from finetuning.before_after import AFTER, BEFORE, EvaluateFirst, evaluate, recall, table
-from finetuning.default_run import run_default
-from finetuning.finetune_options import (
+from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.finetuning.before_after import (
+    AFTER,
+    BEFORE,
+    EvaluateFirst,
+    evaluate,
+    recall,
+    table,
+)
+from hf_noneuclid.experiments.finetuning.default_run import run_default
+from hf_noneuclid.experiments.finetuning.finetune_options import (
     ARGUMENT_TYPES,
     FinetuneArguments,
     FinetuneDataArguments,
     FinetuneModelArguments,
 )
-from finetuning.isolation import check_causality, check_isolation
-from finetuning.presets import apply_presets, presets_of
-from finetuning.pretrained import add_adapters, load_model, load_tokenizer, merge
-from finetuning.tasks import Task, prepare
-from publishing.checks import check_hub
-from publishing.model import push
-from training.errors import InputError
-from training.packing import spread
-from training.results import (
+from hf_noneuclid.experiments.finetuning.isolation import check_causality, check_isolation
+from hf_noneuclid.experiments.finetuning.presets import apply_presets, presets_of
+from hf_noneuclid.experiments.finetuning.pretrained import add_adapters, load_model, load_tokenizer, merge
+from hf_noneuclid.experiments.finetuning.tasks import Task, prepare
+from hf_noneuclid.experiments.publishing.checks import check_hub
+from hf_noneuclid.experiments.publishing.model import push
+from hf_noneuclid.experiments.training.packing import spread
+from hf_noneuclid.experiments.training.results import (
     count_parameters,
     describe_corpus,
     describe_run,
@@ -44,8 +49,16 @@ from training.results import (
     sample,
     write_metrics,
 )
-from training.run_folder import delete_run, find_checkpoint
-from training.running import RecipeTrainer, check_optimizer, first_bad_step, save_model, start, train
+from hf_noneuclid.experiments.training.run_folder import delete_run, find_checkpoint
+from hf_noneuclid.experiments.training.running import (
+    RecipeTrainer,
+    check_optimizer,
+    first_bad_step,
+    save_model,
+    start,
+    train,
+)
+from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
 
 
 def main(argv: Sequence[str] | None = None) -> None:

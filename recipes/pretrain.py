@@ -15,16 +15,20 @@ from typing import Any
 from transformers import PretrainedConfig, Trainer, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
-from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
-
-from publishing.checks import check_hub
-from publishing.model import push
-from training.base_model import describe_base
-from training.corpus import load_corpus
-from training.model import load_config, load_model, load_tokenizer
-from training.options import ARGUMENT_TYPES, DataArguments, InputError, ModelArguments, RecipeArguments
-from training.packing import Data, collate, pack, pack_lazily, spread
-from training.results import (
+from hf_noneuclid.experiments.publishing.checks import check_hub
+from hf_noneuclid.experiments.publishing.model import push
+from hf_noneuclid.experiments.training.base_model import describe_base
+from hf_noneuclid.experiments.training.corpus import load_corpus
+from hf_noneuclid.experiments.training.model import load_config, load_model, load_tokenizer
+from hf_noneuclid.experiments.training.options import (
+    ARGUMENT_TYPES,
+    DataArguments,
+    InputError,
+    ModelArguments,
+    RecipeArguments,
+)
+from hf_noneuclid.experiments.training.packing import Data, collate, pack, pack_lazily, spread
+from hf_noneuclid.experiments.training.results import (
     block_losses,
     collect_metrics,
     plot_curves,
@@ -32,8 +36,16 @@ from training.results import (
     summarise,
     write_metrics,
 )
-from training.run_folder import delete_run, find_checkpoint
-from training.running import RecipeTrainer, check_optimizer, first_bad_step, save_model, start, train
+from hf_noneuclid.experiments.training.run_folder import delete_run, find_checkpoint
+from hf_noneuclid.experiments.training.running import (
+    RecipeTrainer,
+    check_optimizer,
+    first_bad_step,
+    save_model,
+    start,
+    train,
+)
+from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,14 +2,13 @@
 
 import json
 
-import benchmark
 import pytest
 import torch
 from torch import nn
 
+from hf_noneuclid.experiments import benchmark
+from hf_noneuclid.experiments.costs import contenders, timing
 from hf_noneuclid.polar import polar_factor, polar_flops
-
-from costs import contenders, timing
 
 CPU = torch.device("cpu")
 

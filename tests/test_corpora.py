@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from training import corpus, options, packing
-from training import model as recipe_model
+from hf_noneuclid.experiments.training import corpus, options, packing
+from hf_noneuclid.experiments.training import model as recipe_model
 
 DOCUMENTS = ["the king\n", "", "of the land and the people of the land", "a", "über alles\nthe end"]
 

@@ -42,19 +42,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetuning import causal, default_run, docstrings, presets, tasks
-from finetuning.class_metrics import AccuracyAndMacroF1
-from finetuning.classification import class_names
-from finetuning.domains import read_domains
-from finetuning.finetune_options import ARGUMENT_TYPES, FinetuneDataArguments, FinetuneModelArguments
-from finetuning.isolation import check_isolation
-from finetuning.pretrained import add_adapters
-from finetuning.rows import Rows, check_columns, hold_out
-from sweeping.execution import as_arguments, recipe_flags
-from sweeping.suite import load_suite
-from training.model import train_tokenizer
-from training.options import parse
-from training.packing import Blocks, Data
+from hf_noneuclid.experiments.finetuning import causal, default_run, docstrings, presets, tasks
+from hf_noneuclid.experiments.finetuning.class_metrics import AccuracyAndMacroF1
+from hf_noneuclid.experiments.finetuning.classification import class_names
+from hf_noneuclid.experiments.finetuning.domains import read_domains
+from hf_noneuclid.experiments.finetuning.finetune_options import (
+    ARGUMENT_TYPES,
+    FinetuneDataArguments,
+    FinetuneModelArguments,
+)
+from hf_noneuclid.experiments.finetuning.isolation import check_isolation
+from hf_noneuclid.experiments.finetuning.pretrained import add_adapters
+from hf_noneuclid.experiments.finetuning.rows import Rows, check_columns, hold_out
+from hf_noneuclid.experiments.sweeping.execution import as_arguments, recipe_flags
+from hf_noneuclid.experiments.sweeping.suite import load_suite
+from hf_noneuclid.experiments.training.model import train_tokenizer
+from hf_noneuclid.experiments.training.options import parse
+from hf_noneuclid.experiments.training.packing import Blocks, Data
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = [

@@ -5,17 +5,16 @@ import json
 from math import prod
 
 import numpy as np
-import plan
 import pytest
 import torch
 from torch import nn
 
 from hf_noneuclid.elementwise import MIB
+from hf_noneuclid.experiments import plan
+from hf_noneuclid.experiments.costs import engine_costs, layout_costs
 from hf_noneuclid.layouts import plan as optimizer_plan
 from hf_noneuclid.layouts.exchange import Exchange
 from hf_noneuclid.layouts.ranks import Ranks, pads
-
-from costs import engine_costs, layout_costs
 
 GRIDS = {
     "ddp": (4, 1),

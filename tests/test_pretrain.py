@@ -15,8 +15,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training import options, results
-from training.errors import ExitCode
+from hf_noneuclid.experiments.common import ExitCode
+from hf_noneuclid.experiments.training import options, results
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -615,8 +615,8 @@ def test_two_ranks(tmp_path, text_file, dataset_folder, source):
 TAKE = """
 import sys
 import hf_noneuclid
-from training import run_folder
-from training.options import parse
+from hf_noneuclid.experiments.training import run_folder
+from hf_noneuclid.experiments.training.options import parse
 _, _, args = parse(["--use_cpu=true", f"--output_dir={sys.argv[1]}", "--resume_from_checkpoint=true"])
 if args.process_index == 1:  # a file system that shows this process less than the first
     run_folder._last_whole = lambda folder: folder / "checkpoint-2"

@@ -13,21 +13,21 @@ import datasets
 import finetune
 import huggingface_hub
 import pretrain
-import publish
 import pytest
 import torch
 from hub_server import Hub
 from huggingface_hub import DatasetCard, ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from publishing.card import write_card
-from publishing.hub import Repository
-from sweeping.study import default_storage, open_study
-from sweeping.suite import Suite
-from sweeping.sweep_folder import run_folder
-from sweeping.trial_queue import Outcome, TrialQueue
-from training import secrets
-from training.base_model import describe_base
+from hf_noneuclid.experiments import publish
+from hf_noneuclid.experiments.publishing.card import write_card
+from hf_noneuclid.experiments.publishing.hub import Repository
+from hf_noneuclid.experiments.sweeping.study import default_storage, open_study
+from hf_noneuclid.experiments.sweeping.suite import Suite
+from hf_noneuclid.experiments.sweeping.sweep_folder import run_folder
+from hf_noneuclid.experiments.sweeping.trial_queue import Outcome, TrialQueue
+from hf_noneuclid.experiments.training import secrets
+from hf_noneuclid.experiments.training.base_model import describe_base
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TOKEN, GIVEN, READER = (

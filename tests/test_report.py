@@ -7,16 +7,23 @@ from pathlib import Path
 
 import optuna
 import pytest
-import report
 
-from reporting import comparison_figures, comparisons, curves, figures, measures, panels
-from reporting.bounds import bound_name, bound_order
-from reporting.report_text import markdown
-from reporting.settings import setting_names
-from reporting.summary import summarise
-from sweeping.study import Result, default_storage, open_study
-from sweeping.suite import Suite
-from training.errors import InputError
+from hf_noneuclid.experiments import report
+from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.reporting import (
+    comparison_figures,
+    comparisons,
+    curves,
+    figures,
+    measures,
+    panels,
+)
+from hf_noneuclid.experiments.reporting.bounds import bound_name, bound_order
+from hf_noneuclid.experiments.reporting.report_text import markdown
+from hf_noneuclid.experiments.reporting.settings import setting_names
+from hf_noneuclid.experiments.reporting.summary import summarise
+from hf_noneuclid.experiments.sweeping.study import Result, default_storage, open_study
+from hf_noneuclid.experiments.sweeping.suite import Suite
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sweeping import suite_checks
-from sweeping.execution import Launch, accumulation, as_arguments, launcher, recipe_flags
-from sweeping.study import Result
-from sweeping.suite import Run, Suite, load_suite
-from training.errors import InputError
+from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.sweeping import suite_checks
+from hf_noneuclid.experiments.sweeping.execution import (
+    Launch,
+    accumulation,
+    as_arguments,
+    launcher,
+    recipe_flags,
+)
+from hf_noneuclid.experiments.sweeping.study import Result
+from hf_noneuclid.experiments.sweeping.suite import Run, Suite, load_suite
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

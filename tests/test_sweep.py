@@ -16,17 +16,17 @@ import optuna
 import pretrain
 import psutil
 import pytest
-import sweep
 import yaml
 
-from sweeping import execution, trial_queue
-from sweeping.execution import Executor, Launch
-from sweeping.study import open_study, parameters, results, suite_of
-from sweeping.suite import load_suite
-from sweeping.sweep_folder import can_resume, check_folder, run_folder
-from sweeping.trial_queue import Outcome, TrialQueue
-from sweeping.worker import run_worker
-from training.errors import ExitCode, InputError
+from hf_noneuclid.experiments import sweep
+from hf_noneuclid.experiments.common import ExitCode, InputError
+from hf_noneuclid.experiments.sweeping import execution, trial_queue
+from hf_noneuclid.experiments.sweeping.execution import Executor, Launch
+from hf_noneuclid.experiments.sweeping.study import open_study, parameters, results, suite_of
+from hf_noneuclid.experiments.sweeping.suite import load_suite
+from hf_noneuclid.experiments.sweeping.sweep_folder import can_resume, check_folder, run_folder
+from hf_noneuclid.experiments.sweeping.trial_queue import Outcome, TrialQueue
+from hf_noneuclid.experiments.sweeping.worker import run_worker
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

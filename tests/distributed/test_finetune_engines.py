@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from training.model import train_tokenizer
+from hf_noneuclid.experiments.training.model import train_tokenizer
 
 pytestmark = pytest.mark.distributed
 

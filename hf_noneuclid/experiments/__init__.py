@@ -1,0 +1,1 @@
+"""What the recipes need: data, training, suites, sweeps, reports, costs, and the Hub."""
