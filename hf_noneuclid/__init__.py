@@ -1,7 +1,8 @@
 """Non-Euclidean gradient descent for the Hugging Face Trainer.
 
 Muon, Scion, PolarGrad and MuonMax, each with or without Momo: ``import hf_noneuclid``, then
-``TrainingArguments(optim="muonmax_momo")``. The optimizer itself needs nothing but torch.
+``TrainingArguments(optim="muonmax_momo")``. The optimizer itself needs only torch. The algorithm of the
+paper is in ``hf_noneuclid.reference``, in about 100 lines: read it first.
 
 References:
     M. Crawshaw, C. Modi, M. Liu, R. M. Gower, "An Exploration of Non-Euclidean Gradient Descent: Muon and
@@ -16,9 +17,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .diagnostics import DivergedError
+from .groups import one_group
 from .methods import METHODS, create_optimizer
 from .optimizer import NonEuclideanDescent
-from .options import one_group
 from .routing import route_parameters
 
 if TYPE_CHECKING:

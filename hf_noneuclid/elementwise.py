@@ -1,8 +1,8 @@
-"""Work that is done entry by entry, on lists of tensors, in few passes over memory.
+"""Work on lists of tensors, entry by entry, in few passes over memory.
 
-An accelerator does best with few large calls: lists go to foreach kernels, in lots that keep temporary
-copies within a workspace. A CPU does best with one tensor after another in lots that stay in its cache,
-and may ask a tensor for its value, for which an accelerator would have to be waited for.
+An accelerator is fastest with few large calls: lists go to foreach kernels, in chunks that keep temporary
+copies within a workspace, and no value is read, because reading waits for the device (``foreach=True``).
+A CPU is fastest with one tensor after another, in chunks that stay in its cache, and reads values for free.
 """
 
 from __future__ import annotations
@@ -16,110 +16,144 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 MIB = 2**20
 
-CPU_WORKSPACE = 4 * MIB
-"""Bytes that a CPU finds in its cache again."""
+CPU_CACHE = 4 * MIB
+"""Bytes that a CPU still finds in its cache."""
 
 
-def on_cpu(x: Tensor) -> bool:
-    """Whether asking for the value of x is free."""
-    return x.device.type == "cpu"
-
-
-def lots(workspace: int, *columns: Sequence[Tensor]) -> Iterator[tuple[list[int], tuple[list[Tensor], ...]]]:
-    """Tensors in lots that fit into a workspace; large ones are cut along their first dimension.
+def chunks(
+    limit: int, *columns: Sequence[Tensor]
+) -> Iterator[tuple[list[int], tuple[tuple[Tensor, ...], ...]]]:
+    """Views of tensors in chunks of a limited size; a large tensor is cut along its first dimension.
 
     Args:
-        workspace: Bytes of float32 copies of one column. On a CPU the cache may set a lower limit.
-        columns: Lists of tensors; those in the same place have the same shape.
+        limit: Bytes of a chunk, counting float32 copies of one column.
+        columns: Lists of tensors; those at the same index have the same shape.
 
     Yields:
-        For each lot, the places of its tensors in the lists, and the lists themselves, of views.
+        The index of every tensor of the chunk in the columns, and the chunk of every column.
     """
-    places: list[int] = []
-    taken: tuple[list[Tensor], ...] = tuple([] for _ in columns)
-    room = limit = _limit(workspace, columns[0])
-    for place, row in enumerate(zip(*columns, strict=True)):
-        rows = max(1, limit // max(1, 4 * row[0][:1].numel())) if row[0].ndim else 1
-        for cut in zip(*(x.split(rows) if x.ndim else (x,) for x in row), strict=True):
-            if places and 4 * cut[0].numel() > room:
-                yield places, taken
-                places, taken, room = [], tuple([] for _ in columns), limit
-            places.append(place)
-            for column, x in zip(taken, cut, strict=True):
-                column.append(x)
-            room -= 4 * cut[0].numel()
-    if places:
-        yield places, taken
+    indices: list[int] = []
+    rows: list[tuple[Tensor, ...]] = []
+    room = limit
+    for i, row in enumerate(zip(*columns, strict=True)):
+        size = 4 * row[0].numel()
+        # Only a tensor that is too large is split, since a split makes a view for every column.
+        cuts = [row]
+        if size > limit and row[0].ndim:
+            length = max(1, limit * row[0].shape[0] // size)
+            cuts = list(zip(*[x.split(length) for x in row], strict=True))
+        for cut in cuts:
+            size = 4 * cut[0].numel()
+            if indices and size > room:
+                yield indices, tuple(zip(*rows, strict=True))
+                indices, rows, room = [], [], limit
+            indices.append(i)
+            rows.append(cut)
+            room -= size
+    if indices:
+        yield indices, tuple(zip(*rows, strict=True))
 
 
-def _limit(workspace: int, column: Sequence[Tensor]) -> int:
-    return min(workspace, CPU_WORKSPACE) if column and on_cpu(column[0]) else workspace
+_HALF = (torch.bfloat16, torch.float16)
 
 
-def widened(x: Tensor) -> Tensor:
-    """x in float32 if it is in half precision, else x itself."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision, else the dtype itself."""
+    return torch.float32 if dtype in _HALF else dtype
 
 
-def largest_entries(xs: Tensors) -> Tensors:
+def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    """A number as a 0-d tensor of the dtype and device of ``like``.
+
+    A Python number is filled in, because copying it from the host would wait for the device.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()).to(like.device, like.dtype, non_blocking=True)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def stack_scalars(scalars: Tensors, like: Tensor) -> Tensor:
+    """0-d tensors of one dtype and device as a tensor of shape (n,), of the dtype and device of ``like``."""
+    return torch.stack(scalars).to(like) if scalars else like.new_empty(0)
+
+
+def largest_entries(xs: Tensors, foreach: bool) -> Tensors:
     """The largest absolute value in each tensor, 0-d; NaN where there is one."""
-    if not xs or not on_cpu(xs[0]):
+    if foreach:
         return torch._foreach_norm(xs, torch.inf) if xs else []
-    bounds = [torch.aminmax(x) for x in xs]  # six times as fast as the norm
-    return [torch.maximum(bound.max, -bound.min) for bound in bounds]
+    largest = []
+    for x in xs:
+        low, high = torch.aminmax(x)  # six times as fast as the norm
+        largest.append(torch.maximum(high, -low))
+    return largest
 
 
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """The inner product of two tensors of one shape as a 0-d tensor, in the wider of their dtypes."""
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    return torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(dtype))
+def inner_products(xs: Tensors, ys: Tensors) -> list[Tensor]:
+    """⟨x, y⟩ of each pair of tensors of one shape, 0-d, in float32 at least."""
+    products = []
+    for x, y in zip(xs, ys, strict=True):
+        if x.dtype != y.dtype or x.dtype in _HALF:
+            dtype = wide_dtype(torch.promote_types(x.dtype, y.dtype))
+            x, y = x.to(dtype), y.to(dtype)
+        products.append(torch.dot(x.reshape(-1), y.reshape(-1)))
+    return products
 
 
-def dots(xs: Tensor, ys: Tensor) -> Tensor:
-    """The inner products of two batches of matrices, of shape (matrices,)."""
-    if on_cpu(xs):
-        return torch.stack([dot(x, y) for x, y in zip(xs, ys, strict=True)])
-    return (xs * ys).sum(dim=(-2, -1))
+def average_(
+    averages: Tensors, values: Tensors, weight: Tensor, ok: Tensor, *, limit: int, foreach: bool, square: bool
+) -> None:
+    """averages += weight (values - averages), or with the squares of the values.
 
-
-def where(ok: Tensor, xs: Tensors, others: Tensors) -> list[Tensor]:
-    """xs if ok, a 0-d bool tensor, else the others, whatever is in xs: 0 times NaN would be NaN."""
-    if on_cpu(ok) and on_cpu(others[0]):
-        return list(xs if ok else others)
-    here = ok.to(others[0].device)
-    return [torch.where(here, x, other) for x, other in zip(xs, others, strict=True)]
-
-
-def lerp_(starts: Tensors, ends: Tensors, weight: Tensor) -> None:
-    """starts += weight (ends - starts), with a 0-d weight. The ends may be overwritten."""
-    weight = weight.to(starts[0].device)
-    if on_cpu(starts[0]):
-        for start, end in zip(starts, ends, strict=True):
-            start.lerp_(end, weight.to(start.dtype))
+    Args:
+        averages: Changed in place.
+        values: Of the same shapes; they are left alone.
+        weight: 0-d.
+        ok: 0-d, bool; where it is False nothing changes, even if a value is NaN.
+        limit: Bytes of a chunk.
+        foreach: Use few large calls and read no value.
+        square: Average the squares.
+    """
+    if not averages or not (foreach or ok):
         return
-    torch._foreach_sub_(ends, starts)
-    torch._foreach_mul_(ends, weight)
-    torch._foreach_add_(starts, ends)
+    ok, weight = ok.to(averages[0].device), weight.to(averages[0].device, averages[0].dtype)
+    for _, (average, value) in chunks(limit, averages, values):
+        if not foreach:
+            for a, x in zip(average, value, strict=True):
+                x = x.to(a.dtype)
+                a.lerp_(x * x if square else x, weight)
+            continue
+        wide: Tensors = [x.to(average[0].dtype) for x in value]
+        change = torch._foreach_sub(torch._foreach_mul(wide, wide) if square else wide, average)
+        # A weight of 0 does not protect from a bad step: 0 times NaN is NaN.
+        difference = [torch.where(ok, x, 0) for x in change]
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(average, difference)
 
 
-def move_(params: Tensors, directions: Tensors, coefficients: Tensors, decay: Tensor | None) -> None:
+def move_(
+    params: Tensors, directions: Tensors, coefficients: Tensors, decay: Tensor | None, foreach: bool
+) -> None:
     """p ← (1 - decay) p + coefficient u, rounded once to the dtype of p.
 
     Args:
-        params: Parts of parameters, of one dtype and device.
+        params: Local shards of parameters of one dtype and device, changed in place.
         directions: Of their shapes.
-        coefficients: Broadcast over them.
-        decay: ηλ, 0-d, or None for none.
+        coefficients: They broadcast over the shapes.
+        decay: λ times the rate of decay, 0-d, or None for none.
+        foreach: Use few large calls.
     """
-    device = params[0].device
-    wide = [widened(param) for param in params]
-    u, c = ([x.to(device) for x in xs] for xs in (directions, coefficients))
+    if not params:
+        return
+    device, is_half = params[0].device, params[0].dtype in _HALF
+    p: Tensors = [x.float() for x in params] if is_half else params
+    if directions[0].device != device or coefficients[0].device != device:  # the parameters are offloaded
+        directions, coefficients = ([x.to(device) for x in xs] for xs in (directions, coefficients))
     if decay is not None:
-        torch._foreach_mul_(wide, (1 - decay).to(device))
-    if on_cpu(params[0]):  # where foreach would convert a direction in half precision in a pass of its own
-        for p, u_, c_ in zip(wide, u, c, strict=True):
-            p.addcmul_(u_, c_)
-    else:
-        torch._foreach_addcmul_(wide, u, c)
-    if wide[0] is not params[0]:
-        torch._foreach_copy_(params, wide)
+        torch._foreach_mul_(p, (1 - decay).to(device))
+    if foreach:
+        torch._foreach_addcmul_(p, directions, coefficients)
+    else:  # foreach would convert a direction in half precision in a pass of its own
+        for p_i, u, c in zip(p, directions, coefficients, strict=True):
+            p_i.addcmul_(u, c)
+    if is_half:
+        torch._foreach_copy_(params, p)

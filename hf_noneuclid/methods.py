@@ -1,4 +1,4 @@
-"""The methods of the paper as settings of one rule, and the typed reading of their options."""
+"""The methods of the paper as settings of one rule."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from . import options
-from .momo import BOUND_RULES, Descent
-from .norms import VECTOR_NORMS, VectorNormName
+from .momo import Descent
+from .norms import VectorNormName
 from .optimizer import NonEuclideanDescent
+from .options import MethodOptions, Options
 from .product_norms import ProductNormName
 from .routing import route_parameters
 
@@ -55,30 +56,14 @@ ALIASES: dict[str, str] = {
     **{f"momo_{name}": f"{name}_momo" for name in _PLAIN},
 }
 
-DEFAULT_MATRIX_LR_SCALE = 10.0
+DEFAULT_MATRIX_LR_SCALE: float = options.default_of(MethodOptions, "matrix_lr_scale")
 DEFAULT_LOWER_BOUND = "auto"
 """Of the methods with Momo. The paper's is 0.0."""
 
-_METHOD_RULES: dict[str, options.Rule] = {
-    "descent": options.OPTIMIZER_OPTIONS["descent"],
-    "product_norm": options.OPTIMIZER_OPTIONS["product_norm"],
-    "vector_norm": (lambda x: x in VECTOR_NORMS, "one of " + ", ".join(VECTOR_NORMS)),
-    "momo": options.OPTIMIZER_OPTIONS["momo"],
-}
-_MOMO_ONLY = options.LOWER_BOUND_OPTIONS
-_MEASURING = ("polar_method", "polar_steps", "nuclear_norm", "reuse_gradients", "workspace")
-_TUNING = ("momentum", "beta2", "eps", *_MEASURING, *_MOMO_ONLY)
-_TUNING_RULES: dict[str, options.Rule] = {
-    **{name: options.OPTIMIZER_OPTIONS[name] for name in _TUNING},
-    "matrix_lr_scale": options.PARAMETER_OPTIONS["lr_scale"],
-}
-
-_TYPES: dict[str, type] = {
-    **dict.fromkeys(("momentum", "beta2", "eps", "matrix_lr_scale"), float),
-    **dict.fromkeys(_MOMO_ONLY, float),
-    **dict.fromkeys(("polar_steps", "workspace"), int),
-    **dict.fromkeys(("momo", "reuse_gradients"), bool),
-}
+_CHOICES = ("descent", "product_norm", "vector_norm", "momo")
+"""What makes a method; options of ``noneuclid`` alone."""
+_BY_PARAMETER = ("weight_decay", "spectral_scale")
+"""What a method does not take as an option, since the routing says it for each parameter."""
 
 
 def canonical_name(name: str) -> str:
@@ -103,24 +88,34 @@ def all_names() -> list[str]:
 def parse_options(text: Mapping[str, str]) -> dict[str, Any]:
     """Options given as text (``--optim_args "momentum=0.9,nuclear_norm=stale"``) as typed values.
 
-    Names of rules for the lower bound stand for themselves. Unknown options stay text; ``resolve`` knows
-    which a method has.
+    Unknown options stay text, so that ``resolve``, which knows the method, can refuse them.
 
     Raises:
         ValueError: The text of an option is not of its type.
     """
-    return {
-        name: value if value in BOUND_RULES else _parse(name, value, _TYPES.get(name, str))
-        for name, value in text.items()
-    }
+    known = options.fields(Options, MethodOptions)
+    values: dict[str, Any] = {}
+    for name, value in text.items():
+        rule: options.Rule | None = known[name].metadata["rule"] if name in known else None
+        try:
+            values[name] = rule.parse(value) if rule else value
+        except (ValueError, KeyError):
+            assert rule is not None
+            raise ValueError(f"option {name} must be {rule.words}, not {value!r}.") from None
+    return values
 
 
-def _parse(name: str, text: str, kind: type) -> Any:
-    try:
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        words = {float: "a number", int: "an integer", bool: "true or false"}[kind]
-        raise ValueError(f"option {name} must be {words}, not {text!r}.") from None
+def method_options(method: str) -> list[str]:
+    """The names of the options that a method takes in ``--optim_args`` and ``create_optimizer``."""
+    name = canonical_name(method)
+    momo = name == FREE_METHOD or METHODS[name].momo
+    return [
+        option
+        for option, field in options.fields(Options, MethodOptions).items()
+        if option not in _BY_PARAMETER
+        and (momo or not field.metadata["momo_only"])
+        and (name == FREE_METHOD or option not in _CHOICES)
+    ]
 
 
 def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
@@ -128,29 +123,27 @@ def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
 
     Args:
         method: Any of ``all_names()``.
-        **values: ``momentum``, ``beta2``, ``eps``, ``polar_method``, ``polar_steps``, ``nuclear_norm``,
-            ``reuse_gradients``, ``workspace``, ``matrix_lr_scale``; with Momo ``loss_lower_bound``,
-            ``lower_bound_fraction``, ``lower_bound_horizon`` and ``lower_bound_slack``; for ``noneuclid``
-            also ``descent``, ``product_norm``, ``vector_norm`` (all three required) and ``momo``.
+        **values: Options of ``hf_noneuclid.options.Options`` and ``MethodOptions``; ``noneuclid`` requires
+            ``descent``, ``product_norm`` and ``vector_norm``.
 
     Raises:
         ValueError: An option is unknown to this method, missing, or out of range.
     """
     name = canonical_name(method)
     where = f"method {name}: "
+    options.check_known(values, method_options(method), where)
+    options.check(values, [Options, MethodOptions], where)
     if name == FREE_METHOD:
-        options.check_known(values, {*_METHOD_RULES, *_TUNING_RULES}, where)
-        missing = [key for key in ("descent", "product_norm", "vector_norm") if key not in values]
-        if missing:
-            choices = "; ".join(f"{key}: {_METHOD_RULES[key][1]}" for key in missing)
+        required = _CHOICES[:3]
+        if missing := [key for key in required if key not in values]:
+            rules = {key: options.fields(Options, MethodOptions)[key].metadata["rule"] for key in missing}
+            choices = "; ".join(f"{key}: {rule.words}" for key, rule in rules.items())
             raise ValueError(f"{where}missing {', '.join(missing)} ({choices}).")
-        chosen = {key: values.pop(key) for key in _METHOD_RULES if key in values}
-        options.check(chosen, _METHOD_RULES, where)
-        settings = Method(**chosen)
+        settings = Method(**{key: values.pop(key) for key in _CHOICES if key in values})
+        if not settings.momo:
+            options.check_known(values, set(method_options("muon")), where)
     else:
         settings = METHODS[name]
-    known = {key: rule for key, rule in _TUNING_RULES.items() if settings.momo or key not in _MOMO_ONLY}
-    options.check(values, known, where)
     return settings, {"loss_lower_bound": DEFAULT_LOWER_BOUND, **values} if settings.momo else values
 
 
@@ -195,7 +188,7 @@ def create_optimizer(
         >>> optimizer = hf_noneuclid.create_optimizer(model, "muonmax_momo", lr=1e-2)
         >>> loss = model(torch.ones(2, 4)).square().mean()
         >>> loss.backward()
-        >>> optimizer.step(loss=loss)
+        >>> _ = optimizer.step(loss=loss)
     """
     settings, tuning = resolve(method, **values)
     groups = create_groups(

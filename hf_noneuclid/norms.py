@@ -15,8 +15,8 @@ norm            d                   u
 A norm scaled by 1/s has d and u both multiplied by s; that scaling is the optimizer's.
 
 The vector norms work on lists of tensors, so that the elementwise work of a whole model is a few foreach
-calls. A parameter may lie in pieces on several ranks: ``partial`` of the pieces add up, and ``dual`` of
-the sum is the dual norm.
+calls. A parameter may be sharded over several ranks: the ``partial`` of its shards add up, and ``dual`` of
+the sum is the dual norm. ``hf_noneuclid.reference`` has the same formulas for one tensor.
 
 References:
     M. Crawshaw, C. Modi, M. Liu, R. M. Gower, "An Exploration of Non-Euclidean Gradient Descent: Muon and
@@ -25,6 +25,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -32,7 +33,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .elementwise import Tensors, dot, dots
+from .elementwise import Tensors, inner_products
 from .polar import PolarMethod, compute_dtype, polar_factors
 
 VectorNormName = Literal["linf", "ada_linf", "ada_l2"]
@@ -47,33 +48,33 @@ class VectorNorm(ABC):
     """A norm that is computed entry by entry.
 
     Every method takes several parameters as lists of tensors of any shape, float32 or float64: the momenta
-    m, the second moments v (where the norm is adaptive), and rays.
+    m, the second moments v (where the norm is adaptive), and directions.
     """
 
     @abstractmethod
-    def ray(self, m: Tensors, v: Tensors) -> Tensors:
-        """New tensors that point in the steepest directions, not yet of unit length."""
+    def direction(self, m: Tensors, v: Tensors) -> Tensors:
+        """New tensors that point in the steepest directions; ``length`` says how long they are."""
 
     @abstractmethod
-    def partial(self, m: Tensors, ray: Tensors) -> Tensors:
-        """One 0-d tensor per parameter; what this adds up to over a parameter's pieces, ``dual`` takes."""
+    def partial(self, m: Tensors, direction: Tensors) -> Tensors:
+        """One 0-d tensor for each parameter or shard of one; shards of a parameter add up."""
 
     def dual(self, partial: Tensor) -> Tensor:
-        """The dual norms d, from the (summed) partials stacked in one tensor of shape (parameters,)."""
+        """The dual norms d, from the sums of the partials, of shape (parameters,)."""
         return partial
 
-    def length(self, d: Tensor) -> Tensor:
-        """How long the rays are, by the dual norms d of shape (parameters,): u is the ray divided by it."""
-        return torch.ones_like(d)
+    def length(self, d: Tensor) -> Tensor | None:
+        """The lengths of the directions, from the dual norms d of shape (parameters,); None for 1."""
+        return None
 
 
 class LInf(VectorNorm):
     """ℓ∞: the direction of sign descent."""
 
-    def ray(self, m: Tensors, v: Tensors) -> Tensors:
+    def direction(self, m: Tensors, v: Tensors) -> Tensors:
         return torch._foreach_sign(m)
 
-    def partial(self, m: Tensors, ray: Tensors) -> Tensors:
+    def partial(self, m: Tensors, direction: Tensors) -> Tensors:
         return torch._foreach_norm(m, 1)
 
 
@@ -83,14 +84,14 @@ class AdaLInf(VectorNorm):
 
     eps: float = 1e-8
 
-    def ray(self, m: Tensors, v: Tensors) -> Tensors:
+    def direction(self, m: Tensors, v: Tensors) -> Tensors:
         """m / a."""
         a = torch._foreach_sqrt(v)
         torch._foreach_add_(a, self.eps)
         return torch._foreach_div(m, a)
 
-    def partial(self, m: Tensors, ray: Tensors) -> Tensors:
-        return [dot(*pair) for pair in zip(m, ray, strict=True)]
+    def partial(self, m: Tensors, direction: Tensors) -> Tensors:
+        return inner_products(m, direction)
 
 
 class AdaL2(AdaLInf):
@@ -111,21 +112,29 @@ class Spectral:
     polar_method: PolarMethod = "polar_express"
     polar_steps: int = 5
 
-    def direction(self, batches: Tensors) -> Tensor:
+    def direction(self, m: Tensors, *, foreach: bool = False) -> Tensor:
         """The polar factors of all of them in one batch, in the dtype that ``polar_factors`` computes in."""
-        return polar_factors(batches, method=self.polar_method, steps=self.polar_steps)
+        return polar_factors(m, method=self.polar_method, steps=self.polar_steps, foreach=foreach)
 
     def dtype(self, momentum: torch.dtype, device: torch.device) -> torch.dtype:
-        """The dtype that holds every direction."""
+        """A dtype that holds every direction."""
         return momentum if self.polar_method == "svd" else compute_dtype(momentum, device)
 
-    def dual(self, batches: Tensors, direction: Tensor) -> Tensor:
+    def dual(self, m: Tensors, direction: Tensor, *, foreach: bool = False) -> Tensor:
         """The nuclear norms ⟨m, polar(m)⟩, of shape (matrices,)."""
-        of_batches = torch.split(direction, [len(m) for m in batches])
-        return torch.cat([dots(m, polar) for m, polar in zip(batches, of_batches, strict=True)])
+        if foreach:
+            batches = torch.split(direction, [len(x) for x in m])
+            return torch.cat([(x * polar).sum(dim=(-2, -1)) for x, polar in zip(m, batches, strict=True)])
+        matrices = itertools.chain.from_iterable(m)
+        return torch.stack(inner_products(list(matrices), list(direction)))
 
 
 def vector_norm(name: str, eps: float = 1e-8) -> VectorNorm:
-    """The vector norm of that name; eps is the ε of a = ε + √v."""
+    """The vector norm of that name.
+
+    Args:
+        name: One of ``VECTOR_NORMS``.
+        eps: ε of a = ε + √v, where the norm is adaptive.
+    """
     norms: dict[str, VectorNorm] = {"linf": LInf(), "ada_linf": AdaLInf(eps), "ada_l2": AdaL2(eps)}
     return norms[name]

@@ -16,15 +16,15 @@ method             float32          bfloat16
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from itertools import chain, islice, repeat
+from itertools import chain, islice
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .elementwise import on_cpu
+from .elementwise import Tensors, wide_dtype
 
 PolarMethod = Literal["polar_express", "newton_schulz", "svd"]
 POLAR_METHODS: tuple[str, ...] = get_args(PolarMethod)
@@ -99,35 +99,38 @@ def polar_factor(
 
 
 def polar_factors(
-    batches: Sequence[Tensor],
+    batches: Tensors,
     *,
     method: PolarMethod = "polar_express",
     steps: int = 5,
     dtype: torch.dtype | None = None,
     form: Form | None = None,
+    foreach: bool | None = None,
 ) -> Tensor:
     """The polar factors of several batches of matrices of one shape, in one batch of shape (matrices, ...).
 
     Args:
         batches: Tensors of shape (matrices, rows, columns).
-        method: As of ``polar_factor``, like all that follow.
+        method: As in ``polar_factor``, like ``steps``, ``dtype`` and ``form``.
         steps: Iterations.
         dtype: What to compute in.
         form: ``direct`` or ``gram``.
+        foreach: Read no value, since reading waits for the device. By default on all devices but the CPU.
     """
     rows, columns = batches[0].shape[-2:]
-    dtype = dtype or compute_dtype(batches[0].dtype, batches[0].device, min(rows, columns))
-    if method == "svd" and dtype not in (torch.float32, torch.float64):
-        dtype = torch.float32
-    x = _normalise(batches, dtype)
+    device = batches[0].device
+    dtype = dtype or compute_dtype(batches[0].dtype, device, min(rows, columns))
+    if method == "svd":
+        dtype = wide_dtype(dtype)
+    x = _normalise(batches, dtype, device.type != "cpu" if foreach is None else foreach)
     if min(rows, columns) == 1:
         return x
     if method == "svd":
         return _svd_polar(x)
-    polynomials = list(_coefficients(method, steps, dtype))
-    return _iterate(x, polynomials, form or cheaper_form(rows, columns, steps))
+    return _iterate(x, _coefficients(method, steps, dtype), form or cheaper_form(rows, columns, steps))
 
 
+@cache
 def cheaper_form(rows: int, columns: int, steps: int) -> Form:
     """The form of the iteration that needs fewer operations: ``gram`` for wide and tall matrices."""
     by_form = form_flops(rows, columns, steps)
@@ -143,15 +146,16 @@ def form_flops(rows: int, columns: int, steps: int) -> dict[Form, int]:
     }
 
 
-def _gram_runs(steps: int) -> list[int]:
-    """After how many polynomials each the Gram form starts again from X: one for the first three, then two.
+@cache
+def _gram_runs(steps: int) -> tuple[int, ...]:
+    """The number of polynomials after which the Gram form starts again from X: one three times, then two.
 
     In a run of several the Gram matrix is no longer exactly that of X. Where the polynomials are steep, the
     next ones lift the difference: the momentum of a pretrained model, which one direction dominates, got a
     singular value of 382 from runs of two in bfloat16, where the direct form has 1.12.
     """
     steep, flat = min(steps, _STEEP), max(steps - _STEEP, 0)
-    return [1] * steep + [2] * (flat // 2) + [1] * (flat % 2)
+    return (1,) * steep + (2,) * (flat // 2) + (1,) * (flat % 2)
 
 
 def polar_flops(rows: int, columns: int, steps: int = 5) -> int:
@@ -181,75 +185,71 @@ def _cpu_multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
-def _normalise(batches: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _normalise(batches: Sequence[Tensor], dtype: torch.dtype, foreach: bool) -> Tensor:
     """``m / ‖m‖_F`` of every matrix, computed in float32 or better, 0 where m is 0, whatever its size."""
-    counts = [len(m) for m in batches]
-    x = torch.empty(sum(counts), *batches[0].shape[1:], dtype=dtype, device=batches[0].device)
-    for some, m in zip(torch.split(x, counts), batches, strict=True):
-        # On a CPU one matrix after another, which it then still has in its cache.
-        for to, matrix in zip(some, m, strict=True) if on_cpu(m) else [(some, m)]:
-            to.copy_(_unit(matrix))
+    x = torch.empty(sum(map(len, batches)), *batches[0].shape[1:], dtype=dtype, device=batches[0].device)
+    if foreach:
+        for some, m in zip(torch.split(x, [len(m) for m in batches]), batches, strict=True):
+            some.copy_(_unit(m))
+        return x
+    # One matrix after another, which the CPU then still has in its cache.
+    wide = wide_dtype(batches[0].dtype)
+    for to, m in zip(x, chain.from_iterable(batches), strict=True):
+        m = m.to(wide)
+        length: Tensor = torch.linalg.vector_norm(m)
+        to.copy_(m / length if _SMALLEST < length < 1 / _SMALLEST else _unit(m))
     return x
 
 
 def _unit(m: Tensor) -> Tensor:
-    """One matrix on a CPU, several elsewhere, each divided by its Frobenius norm."""
-    m = m if m.dtype == torch.float64 else m.float()
-    if on_cpu(m):
-        length: Tensor = torch.linalg.vector_norm(m)
-        if _SMALLEST < length < 1 / _SMALLEST:
-            return m / length
+    """Matrices divided by their Frobenius norms; 0 stays 0."""
+    m = m.to(wide_dtype(m.dtype))
     # By the largest entry first: the squares of 1e-30 or 1e30 do not exist in float32.
     largest = torch.maximum(m.amax(dim=(-2, -1), keepdim=True), -m.amin(dim=(-2, -1), keepdim=True))
-    x = m / _one_if_zero(largest)
-    x /= _one_if_zero(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True))
+    x = m / torch.where(largest == 0, 1, largest)
+    length = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x /= torch.where(length == 0, 1, length)
     return x
 
 
-def _one_if_zero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, 1, x)
-
-
-def _coefficients(method: PolarMethod, steps: int, dtype: torch.dtype) -> Iterator[Quintic]:
+@cache
+def _coefficients(method: PolarMethod, steps: int, dtype: torch.dtype) -> tuple[Quintic, ...]:
+    """The polynomials of an iteration."""
     if method == "newton_schulz":
-        return repeat(_NEWTON_SCHULZ, steps)
+        return (_NEWTON_SCHULZ,) * steps
     margin = _HALF_PRECISION_MARGIN if dtype in (torch.bfloat16, torch.float16) else 1.0
-    growing = ((a / margin, b / margin**3, c / margin**5) for a, b, c in _POLAR_EXPRESS[:-1])
-    return islice(chain(growing, repeat(_POLAR_EXPRESS[-1])), steps)
+    growing = tuple((a / margin, b / margin**3, c / margin**5) for a, b, c in _POLAR_EXPRESS[:-1])
+    return (growing + (_POLAR_EXPRESS[-1],) * steps)[:steps]
 
 
 def _iterate(x: Tensor, polynomials: Sequence[Quintic], form: Form) -> Tensor:
     """Applies the polynomials one after another."""
+    is_tall = x.shape[-2] > x.shape[-1]
+    if form == "direct":
+        for polynomial in polynomials:
+            x = _apply(x, polynomial, is_tall)
+        return x
     remaining = iter(polynomials)
-    for run in _gram_runs(len(polynomials)) if form == "gram" else [1] * len(polynomials):
+    for run in _gram_runs(len(polynomials)):
         some = list(islice(remaining, run))
-        x = _apply(x, *some) if run == 1 else _apply_by_gram(x, some)
+        x = _apply(x, some[0], is_tall) if run == 1 else _apply_by_gram(x, some, is_tall)
     return x
 
 
-def _is_tall(x: Tensor) -> bool:
-    return x.shape[-2] > x.shape[-1]
-
-
-def _gram(x: Tensor) -> Tensor:
-    """X Xᵀ, or Xᵀ X if that is smaller: then all that multiplies X from the left does so from the right."""
-    return x.mT @ x if _is_tall(x) else x @ x.mT
-
-
-def _apply(x: Tensor, polynomial: Quintic) -> Tensor:
-    """X ← a X + (b A + c A²) X with A = X Xᵀ."""
+def _apply(x: Tensor, polynomial: Quintic, is_tall: bool) -> Tensor:
+    """X ← a X + (b A + c A²) X with A = X Xᵀ; of a tall X, X ← a X + X (b A + c A²) with A = Xᵀ X."""
     a, b, c = polynomial
-    gram = _gram(x)
+    gram = x.mT @ x if is_tall else x @ x.mT
     p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    return torch.baddbmm(x, x, p, beta=a) if _is_tall(x) else torch.baddbmm(x, p, x, beta=a)
+    return torch.baddbmm(x, x, p, beta=a) if is_tall else torch.baddbmm(x, p, x, beta=a)
 
 
-def _apply_by_gram(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
+def _apply_by_gram(x: Tensor, polynomials: Sequence[Quintic], is_tall: bool) -> Tensor:
     """The same for several polynomials: P = a I + b A + c A² and A ← P A P for each, then X ← P ... P X.
 
     All of these matrices are polynomials of the first A, so they commute.
     """
-    gram, product = _gram(x), None
+    gram, product = x.mT @ x if is_tall else x @ x.mT, None
     for i, (a, b, c) in enumerate(polynomials):
         p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         p.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -258,7 +258,7 @@ def _apply_by_gram(x: Tensor, polynomials: Sequence[Quintic]) -> Tensor:
             gram = p @ gram @ p
     if product is None:
         return x
-    return x @ product if _is_tall(x) else product @ x
+    return x @ product if is_tall else product @ x
 
 
 def _svd_polar(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from .groups import one_group
 from .log import StepLog
 from .methods import (
     all_names,
@@ -30,7 +31,6 @@ from .methods import (
     resolve,
 )
 from .optimizer import NonEuclideanDescent
-from .options import one_group
 
 try:
     import transformers

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .exchange import Run
-from .pieces import Holding
-from .ranks import Ranks, world_size
+from .grid import ProcessGrid, world_size
+from .shards import Interval, LocalShard
 
 
 def is_partitioned(param: Any) -> bool:
@@ -23,7 +22,7 @@ def is_partitioned(param: Any) -> bool:
     return hasattr(param, "ds_id") or hasattr(param, "_hp_mapping")
 
 
-def hold(flats: Sequence[Tensor], params: Sequence[Any], names: Sequence[str]) -> list[Holding]:
+def shard(flats: Sequence[Tensor], params: Sequence[Any], names: Sequence[str]) -> list[LocalShard]:
     """This rank's part of each parameter of the one group.
 
     Args:
@@ -41,28 +40,28 @@ def hold(flats: Sequence[Tensor], params: Sequence[Any], names: Sequence[str]) -
         )
     (flat,) = flats
     if hasattr(params[0], "ds_id"):
-        return _hold_stage3(flat, params)
-    return [_hold_fragment(flat, param, name) for param, name in zip(params, names, strict=True)]
+        return _shard_stage3(flat, params)
+    return [_shard_fragment(flat, param, name) for param, name in zip(params, names, strict=True)]
 
 
-def _hold_fragment(flat: Tensor, param: Any, name: str) -> Holding:
+def _shard_fragment(flat: Tensor, param: Any, name: str) -> LocalShard:
     """Of stages 1 and 2, which note where a fragment lies in parameter and partition."""
     shape, mapping = tuple(param.shape), param._hp_mapping
     if mapping is None:
-        return Holding(flat, shape, (0, 0), slice(0, 0))
+        return LocalShard(flat, shape, (0, 0), slice(0, 0))
     lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
-    holding = Holding(flat, shape, (lp.start, lp.start + lp.numel), slice(hp.start, hp.start + hp.numel))
-    held = holding.part(flat).to(param.device, param.dtype)
-    if not torch.equal(held, param.detach().reshape(-1)[slice(*holding.run)]):
+    fragment = LocalShard(flat, shape, (lp.start, lp.start + lp.numel), slice(hp.start, hp.start + hp.numel))
+    held = fragment.local(flat).to(param.device, param.dtype)
+    if not torch.equal(held, param.detach().reshape(-1)[slice(*fragment.interval)]):
         raise RuntimeError(
             f"the partition of the optimizer does not hold {name} where DeepSpeed says that it does. Set "
             '"round_robin_gradients": false in its zero_optimization section.'
         )
-    return holding
+    return fragment
 
 
-def _hold_stage3(flat: Tensor, params: Sequence[Any]) -> list[Holding]:
-    """Every parameter is cut into equal runs, the last of them padded; a rank's stand one after another."""
+def _shard_stage3(flat: Tensor, params: Sequence[Any]) -> list[LocalShard]:
+    """Every parameter is cut into equal parts, the last one padded; a rank's parts lie end to end."""
     groups = params[0]._z3_optimizer.fp16_groups
     if len(groups) != 1:
         needed = sum(param.partition_numel() for group in groups for param in group)
@@ -75,25 +74,25 @@ def _hold_stage3(flat: Tensor, params: Sequence[Any]) -> list[Holding]:
     for param in groups[0]:
         starts[param.ds_id] = offset
         offset += param.partition_numel()
-    holdings = []
+    shards = []
     for param in params:
         shape, size = tuple(param.ds_shape), param.partition_numel()
-        run = flat_run(param.ds_numel, size, dist.get_rank() if world_size() > 1 else 0)
+        held = flat_interval(param.ds_numel, size, dist.get_rank() if world_size() > 1 else 0)
         start = starts[param.ds_id]
-        holdings.append(Holding(flat, shape, run, slice(start, start + run[1] - run[0])))
-    return holdings
+        shards.append(LocalShard(flat, shape, held, slice(start, start + held[1] - held[0])))
+    return shards
 
 
-def flat_run(elements: int, partition: int, shard: int) -> Run:
+def flat_interval(elements: int, partition: int, shard: int) -> Interval:
     """The elements that a shard holds of a parameter, or of a group, cut into equal partitions."""
     return min(shard * partition, elements), min((shard + 1) * partition, elements)
 
 
-def ranks() -> Ranks:
+def grid() -> ProcessGrid:
     """All processes as shards, and DeepSpeed's device, wherever the partition is."""
     from deepspeed.accelerator import get_accelerator
 
     device = torch.device(get_accelerator().current_device_name())
     if (world := world_size()) == 1:
-        return Ranks(device)
-    return Ranks(device, shards=world, shard=dist.get_rank(), shard_group=dist.group.WORLD)
+        return ProcessGrid(device)
+    return ProcessGrid(device, shards=world, shard=dist.get_rank(), shard_group=dist.group.WORLD)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exchange import Run
-from .pieces import Holding
-from .ranks import Ranks, world_size
+from .grid import ProcessGrid, world_size
+from .shards import DTensorShard, Interval, LocalShard
 
 _WAY_OUT = (
     "Supported are FSDP2 (rows sharded over all ranks) and HSDP (a second mesh dimension that replicates "
@@ -22,27 +21,19 @@ _WAY_OUT = (
 )
 
 
-class Rows(Holding):
-    """This rank's rows of a DTensor."""
-
-    def part(self, x: Tensor) -> Tensor:
-        local: Tensor = x.to_local()  # type: ignore[attr-defined]
-        return local
-
-
 def common_mesh(params: Iterable[Any]) -> Any:
     """The mesh of the first parameter that has one; None if none is sharded."""
     return next((param.device_mesh for param in params if hasattr(param, "device_mesh")), None)
 
 
-def hold(params: Sequence[Tensor], names: Sequence[str], mesh: Any) -> list[Holding]:
+def shard(params: Sequence[Tensor], names: Sequence[str], mesh: Any) -> list[LocalShard]:
     """This rank's rows of each parameter.
 
     Raises:
         RuntimeError: A parameter is sharded in a way that is not supported, or not sharded at all.
     """
-    shards = mesh.ndim - 1  # the last dimension
-    holdings: list[Holding] = []
+    shards = mesh.ndim - 1  # the last dimension of the mesh
+    held: list[LocalShard] = []
     for param, name in zip(params, names, strict=True):
         if not hasattr(param, "device_mesh"):
             raise RuntimeError(
@@ -51,11 +42,12 @@ def hold(params: Sequence[Tensor], names: Sequence[str], mesh: Any) -> list[Hold
             )
         _check(param, name, mesh)
         shape = tuple(param.shape)
-        holding = Rows(param, shape, row_run(shape, mesh.get_local_rank(shards), mesh.size(shards)))
-        if (size := holding.part(param).numel()) != holding.run[1] - holding.run[0]:
+        rows = row_interval(shape, mesh.get_local_rank(shards), mesh.size(shards))
+        local = DTensorShard(param, shape, rows)
+        if (size := local.local(param).numel()) != local.size:
             raise RuntimeError(f"{name} of shape {shape} has {size} elements on this rank. {_WAY_OUT}")
-        holdings.append(holding)
-    return holdings
+        held.append(local)
+    return held
 
 
 def _check(param: Any, name: str, mesh: Any) -> None:
@@ -71,14 +63,14 @@ def _check(param: Any, name: str, mesh: Any) -> None:
         raise RuntimeError(f"{name} is sharded over another mesh than other parameters. {_WAY_OUT}")
 
 
-def row_run(shape: tuple[int, ...], shard: int, shards: int) -> Run:
+def row_interval(shape: tuple[int, ...], shard: int, shards: int) -> Interval:
     """The elements of a parameter that a shard holds: as many rows as ``torch.chunk`` gives it."""
     rows, row = (shape[0], prod(shape[1:])) if shape else (1, 1)
     most = -(-rows // shards)
     return min(shard * most, rows) * row, min((shard + 1) * most, rows) * row
 
 
-def ranks(mesh: Any) -> Ranks:
+def grid(mesh: Any) -> ProcessGrid:
     """The grid of a mesh.
 
     Raises:
@@ -92,8 +84,10 @@ def ranks(mesh: Any) -> Ranks:
     if device.type != "cpu":
         device = torch.device(device.type, torch.accelerator.current_device_index())
     if mesh.ndim == 1:
-        return Ranks(device, shards=mesh.size(), shard=mesh.get_local_rank(), shard_group=mesh.get_group())
-    return Ranks(
+        return ProcessGrid(
+            device, shards=mesh.size(), shard=mesh.get_local_rank(), shard_group=mesh.get_group()
+        )
+    return ProcessGrid(
         device,
         replicas=mesh.size(0),
         shards=mesh.size(1),

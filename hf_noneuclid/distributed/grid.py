@@ -1,8 +1,7 @@
 """The processes that train together, and the collectives of a step.
 
-They stand in a grid of ``replicas`` x ``shards``: along a row each rank holds another shard of every
-parameter, along a column all hold the same one. One device is 1 x 1, DDP n x 1, FSDP2 and ZeRO 1 x n, and
-HSDP is both.
+They form a grid of ``replicas`` x ``shards``: the ranks of a row hold different shards of every parameter,
+those of a column hold the same one. One device is 1 x 1, DDP n x 1, FSDP2 and ZeRO 1 x n; HSDP is both.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# How much more than what is wanted an all-gather may move, its parts being padded to one size.
+# An all-gather pads its parts to one size. It may move this much more than the parts together.
 _PADDING = 1.25
 
-Place = tuple[int, int]
-"""Where a rank stands in the grid: (replica, shard)."""
+Coordinate = tuple[int, int]
+"""A rank's place in the grid: (replica, shard)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Ranks:
+class ProcessGrid:
     """A grid of processes, seen from one of them; every process of the job is in it."""
 
     device: torch.device
@@ -34,36 +33,32 @@ class Ranks:
     replica: int = 0
     shard: int = 0
     replica_group: Any = None
-    """The ranks that hold the same shard as this one, ordered by replica."""
+    """Process group of the ranks that hold the same shard as this one, ordered by replica."""
     shard_group: Any = None
-    """The ranks that hold the other shards of this replica, ordered by shard."""
+    """Process group of the ranks that hold the other shards of this replica, ordered by shard."""
     sent: Counter[str] = field(default_factory=Counter)
     """Bytes that this rank has sent to others, by collective."""
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return self.replicas * self.shards
 
     @property
-    def place(self) -> Place:
+    def coordinate(self) -> Coordinate:
         return self.replica, self.shard
-
-    def once(self, x: Tensor) -> Tensor:
-        """x, to be summed over the ranks, where replicas all hold it: zeros on all replicas but the first."""
-        return x if self.replica == 0 else torch.zeros_like(x)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks of a tensor of any shape, the same bits on every rank."""
-        if self.count == 1:
+        if self.replicas * self.shards == 1:
             return x
         x = x.clone()
         dist.all_reduce(x)
-        # A ring sends every byte twice, but for the share of one rank.
-        self.sent["all_reduce"] += 2 * x.nbytes * (self.count - 1) // self.count
+        # A ring sends every byte twice, except the share of one rank.
+        self.sent["all_reduce"] += 2 * x.nbytes * (self.size - 1) // self.size
         return x
 
     def all_to_all(self, x: Tensor, sends: Sequence[int], receives: Sequence[int]) -> Tensor:
-        """Sends consecutive runs of a 1-D tensor to the shards, and returns what they send, in their order.
+        """Sends consecutive parts of a 1-D tensor to the shards; returns what they send, in their order.
 
         Args:
             x: 1-D, on ``device``.
@@ -101,27 +96,27 @@ class Ranks:
         ]
         for work in pending:
             work.wait()
-        # In a ring all but the last rank pass a part on.
+        # In a ring every rank except the last passes a part on.
         self.sent["broadcast"] += sum(sizes) * x.itemsize * (self.replicas - 1) // self.replicas
         return held
 
-    def agree(self, mine: Any) -> list[Any]:
-        """What every rank says, by global rank; while planning only, since it waits for all of them."""
-        if self.count == 1:
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """One object of every rank, by global rank. It waits for all of them: for planning only."""
+        if self.size == 1:
             return [mine]
-        said: list[Any] = [None] * self.count
-        dist.all_gather_object(said, mine)
-        return said
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, mine)
+        return gathered
 
 
 def pads(sizes: Sequence[int]) -> bool:
     """Whether parts of these sizes are gathered in one collective, padded to the largest.
 
-    One collective is quickest, unless it moves mostly padding; else there is one for each part.
+    One collective is fastest, unless it moves mostly padding; then each part is broadcast.
     """
     return len(sizes) * max(sizes) <= _PADDING * sum(sizes)
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
