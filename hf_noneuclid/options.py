@@ -34,6 +34,10 @@ class Rule:
     """Makes a value of text. Raises ValueError or KeyError if the text has another type."""
 
 
+def _integer(words: str, holds: Callable[[int], bool]) -> Rule:
+    return Rule(words, lambda x: isinstance(x, int) and not isinstance(x, bool) and holds(x), int)
+
+
 def _number(words: str, holds: Callable[[float], bool] = lambda x: True) -> Rule:
     def is_one(x: Any) -> bool:
         return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and holds(x)
@@ -57,7 +61,7 @@ def _number_or(names: Sequence[str]) -> Rule:
 _FRACTION = _number("a number in [0, 1)", lambda x: 0 <= x < 1)
 _POSITIVE = _number("a finite number > 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("a finite number >= 0", lambda x: x >= 0)
-_COUNT = Rule("an integer >= 1", lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1, int)
+_COUNT = _integer("an integer >= 1", lambda x: x >= 1)
 _BOOLEAN = Rule(
     "true or false", lambda x: isinstance(x, bool), lambda text: {"true": True, "false": False}[text.lower()]
 )
