@@ -1,4 +1,4 @@
-"""What a step leaves behind to be looked at: device tensors until somebody reads them."""
+"""What a step reports: tensors on the device until they are read, since reading waits for the device."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from .momo import NO_BOUND
 
 FATAL_RUN = 10
-"""This many bad steps in a row are no accident any more."""
+"""The number of bad steps in a row after which the training has diverged."""
 
-_STEPS, _BAD, _RUN, _TRUNCATED, _FATAL = range(5)
+_STEPS, _BAD, _STREAK, _TRUNCATED, _FATAL = range(5)
 
 
 class DivergedError(RuntimeError):
     """The training cannot go on: ten steps in a row had a NaN or infinite loss or gradient.
 
     Args:
-        first_step: Of them, counted from the start of the run.
+        first_step: The first of them, counted from the start of the run.
     """
 
     def __init__(self, first_step: int) -> None:
@@ -34,7 +34,7 @@ class DivergedError(RuntimeError):
         self.first_step = first_step
 
     def __reduce__(self) -> tuple[type[DivergedError], tuple[int]]:
-        return type(self), (self.first_step,)  # by default it would be made again from the message
+        return type(self), (self.first_step,)  # by default the message would be the argument
 
 
 class StepCounter:
@@ -48,17 +48,17 @@ class StepCounter:
         counts = self._counts
         counts[_STEPS] += 1
         counts[_BAD] += ~ok
-        counts[_RUN] = torch.where(ok, 0, counts[_RUN] + 1)
+        counts[_STREAK] = torch.where(ok, 0, counts[_STREAK] + 1)
         counts[_TRUNCATED] += truncated & ok
-        started = counts[_STEPS] - counts[_RUN] + 1
-        counts[_FATAL] = torch.where(counts[_RUN] == FATAL_RUN, started, counts[_FATAL])
+        started = counts[_STEPS] - counts[_STREAK] + 1
+        counts[_FATAL] = torch.where(counts[_STREAK] == FATAL_RUN, started, counts[_FATAL])
 
     def read(self) -> dict[str, int]:
         counts = self._counts.tolist()
         return {
             "steps": counts[_STEPS],
             "bad_steps": counts[_BAD],
-            "consecutive_bad_steps": counts[_RUN],
+            "consecutive_bad_steps": counts[_STREAK],
             "truncated_steps": counts[_TRUNCATED],
             "first_fatal_step": counts[_FATAL],
         }
@@ -97,10 +97,10 @@ class StepRecord:
 
 
 class Diagnostics:
-    """What the steps so far have left to be looked at.
+    """What the steps so far report.
 
     Args:
-        resumed: These are not the first steps of a run.
+        resumed: The run went on from a checkpoint.
     """
 
     def __init__(self, *, resumed: bool) -> None:
@@ -110,7 +110,7 @@ class Diagnostics:
         self._first_is_known = resumed
 
     def note(self, record: StepRecord, ok: Tensor) -> None:
-        """Takes note of one step; ok says whether it was taken."""
+        """Notes one step; ok says whether it was taken."""
         if self._counter is None:
             self._counter = StepCounter(ok.device)
         self._counter.count(ok, record.truncated)
@@ -119,7 +119,7 @@ class Diagnostics:
             self._first, self._first_is_known = record, True
 
     def renew_lr(self, lr: float) -> None:
-        """The learning rate of the step that was noted last."""
+        """Replaces the learning rate of the last step."""
         if self._record is not None:
             self._record = replace(self._record, lr=lr)
 
@@ -131,15 +131,15 @@ class Diagnostics:
         return {**self._record.read(), **self._counter.read()}
 
     def _warn_of_high_bound(self) -> None:
-        """Once: with a lower bound above the loss no step is ever taken."""
+        """Warns once if the first loss was below the lower bound: then no step is ever taken."""
         first, self._first = self._first, None
         if first is None or first.loss is None or first.lower_bound is None:
             return
         loss, bound = first.loss.item(), first.lower_bound.item()
         if bound > loss:
             warnings.warn(
-                f"loss_lower_bound is {bound:g}, above the first loss, {loss:g}: Momo takes the "
-                "loss for one that cannot fall and makes no step. Give a bound below every loss, such as 0.0 "
-                "for cross-entropy.",
+                f"loss_lower_bound is {bound:g}, above the first loss, {loss:g}: by this bound the loss "
+                "cannot fall, so Momo takes no step. Give a bound below every loss, such as 0.0 for "
+                "cross-entropy.",
                 stacklevel=4,
             )

@@ -1,4 +1,4 @@
-"""What an engine of accelerate must be like for these optimizers, said before the training starts."""
+"""Checks of the engine that accelerate runs, before the training starts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from accelerate.utils import DistributedType
 
 
 def steps_group_by_group() -> bool:
-    """Whether the engine of this process wants all parameters in one group: DeepSpeed does."""
+    """Whether the engine of this process steps one parameter group after the other: DeepSpeed does."""
     return bool(_engine() == DistributedType.DEEPSPEED)
 
 
 def check_engine() -> None:
-    """Refuses what would train something else than was asked for.
+    """Refuses an engine that would train something else than what was asked for.
 
     Raises:
-        RuntimeError: The engine does not leave matrices, or replaces the optimizer; the message says what
-            to use instead.
+        RuntimeError: The engine destroys the shapes of matrices, or replaces the optimizer; the message
+            says what to use.
     """
     engine = _engine()
     if engine == DistributedType.FSDP:
@@ -29,7 +29,7 @@ def check_engine() -> None:
         _check_deepspeed(AcceleratorState().deepspeed_plugin.deepspeed_config)
     if engine == DistributedType.MEGATRON_LM:
         raise RuntimeError(
-            "Megatron-LM brings its own optimizer and tensor parallelism, which is not supported. Use DDP, "
+            "Megatron-LM has its own optimizer and tensor parallelism, which are not supported. Use DDP, "
             "FSDP2 or DeepSpeed ZeRO."
         )
 
@@ -41,7 +41,7 @@ def _engine() -> Any:
 def _check_fsdp(plugin: Any) -> None:
     if getattr(plugin, "fsdp_version", 1) == 1:
         raise RuntimeError(
-            "FSDP version 1 flattens parameters, and a flat piece is no matrix any more. Use FSDP2: "
+            "FSDP version 1 flattens parameters, which loses the shapes of matrices. Use FSDP2: "
             'fsdp_version: 2 in the accelerate config, or fsdp_config={"version": 2} in TrainingArguments.'
         )
 
@@ -51,13 +51,13 @@ def _check_deepspeed(config: Mapping[str, Any]) -> None:
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     if "optimizer" in config:
         raise RuntimeError(
-            "the DeepSpeed config has an optimizer section, which would be used in place of the optimizer "
-            'that was asked for. Remove "optimizer" from it.'
+            "the DeepSpeed config has an optimizer section, which would replace the optimizer that was asked "
+            'for. Remove "optimizer" from it.'
         )
     if zero.get("stage", 0) == 0 and any(config.get(half, {}).get("enabled") for half in ("bf16", "fp16")):
         raise RuntimeError(
-            "DeepSpeed at stage 0 keeps half-precision parameters in flat buffers of its own, where no "
-            'matrix exists any more. Set "stage" in its zero_optimization section to 1, 2 or 3, or use DDP.'
+            "DeepSpeed at stage 0 keeps half-precision parameters in flat buffers, which loses the shapes of "
+            'matrices. Set "stage" in its zero_optimization section to 1, 2 or 3, or use DDP.'
         )
     if offload == "nvme":
         raise RuntimeError(
@@ -74,13 +74,13 @@ def _check_deepspeed(config: Mapping[str, Any]) -> None:
 
 
 def check_world_size(checkpoint: Any) -> None:
-    """Refuses to resume a ZeRO checkpoint with another number of processes, of which each saved its part.
+    """Refuses to resume a ZeRO checkpoint with another number of processes, since each saved its part.
 
     Args:
         checkpoint: A folder, as in ``args.resume_from_checkpoint``; anything else passes.
 
     Raises:
-        RuntimeError: Its number of parts is not that of the processes.
+        RuntimeError: The checkpoint has another number of parts.
     """
     if _engine() != DistributedType.DEEPSPEED or not isinstance(checkpoint, str):
         return
@@ -94,15 +94,15 @@ def check_world_size(checkpoint: Any) -> None:
 
 
 def check_innermost(optimizer: Any, ours: Any, method: str) -> None:
-    """Refuses to start if the engine has put another optimizer in the place of the one asked for.
+    """Refuses to start if the engine has replaced the optimizer that was asked for.
 
     Args:
-        optimizer: What the Trainer is about to train with.
-        ours: What of this package was found in it, or None.
-        method: What was asked for.
+        optimizer: The optimizer that the Trainer will use, with its wrappers.
+        ours: The optimizer of this package that was found in it, or None.
+        method: The name that was asked for.
 
     Raises:
-        RuntimeError: It is not one of this package.
+        RuntimeError: There is none.
     """
     if ours is None:
         inner = optimizer

@@ -1,4 +1,4 @@
-"""What a training run is told of its optimizer, and showing it."""
+"""What the log of a training run says about its optimizer."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _COUNTS = ("steps", "truncated_steps", "bad_steps")
 
 
 def show_log() -> None:
-    """Prints the package's log from level INFO on to stderr, on rank 0; may be called again.
+    """Prints the package's log from level INFO to stderr, on rank 0; may be called again.
 
-    The table of what is stepped as a matrix is logged at INFO, which few scripts show.
+    The table of matrices and vectors is logged at INFO, which few scripts show.
     """
     package = logging.getLogger("hf_noneuclid")
     if os.environ.get("RANK", "0") != "0" or package.handlers:
@@ -35,10 +35,10 @@ def show_log() -> None:
 
 
 class StepLog:
-    """What the log of a Trainer says of its optimizer since it said so last.
+    """What a Trainer logs about its optimizer: the last step, and counts since the last log.
 
     Args:
-        optimizer: Of the Trainer; what it did before this log began is not reported.
+        optimizer: The Trainer's; steps before this log began are not reported.
     """
 
     def __init__(self, optimizer: NonEuclideanDescent) -> None:
@@ -80,7 +80,7 @@ class StepLog:
         first = now["first_fatal_step"]
         if not first or first + FATAL_RUN - 1 <= self._began:
             return
-        # The optimizer counts from its own start, the Trainer from that of the run.
+        # The optimizer counts steps since it was made, the Trainer since the run began.
         raise DivergedError(first + global_step - now["steps"])
 
     def _warn_of_low_loss(self, loss: float, bound: float | None) -> None:
@@ -91,9 +91,9 @@ class StepLog:
         self._warned_of_bound = True
         if bound is None:
             logger.warning(
-                "the loss is %g, and its mean not above 0, where loss_lower_bound=%s knows no bound: Momo "
-                "truncates no step there. Give a number that the loss does not go below, or use the method "
-                "without Momo.",
+                "the loss is %g, and its mean is not above 0, where loss_lower_bound=%s knows no bound: Momo "
+                "does not truncate these steps. Give a number that the loss does not go below, or use the "
+                "method without Momo.",
                 loss,
                 rule,
             )
@@ -109,11 +109,11 @@ class StepLog:
 
 
 def _spread(nuclear_norms: Mapping[str, float]) -> dict[str, float]:
-    """Three of all norms, since a curve for each matrix is more than can be looked at; empty without any."""
+    """The largest, median and smallest norm, since a curve for each matrix is too much; empty without any."""
     if not nuclear_norms:
         return {}
     norms = list(nuclear_norms.values())
-    # Unlike max() and sorted(), numpy's say NaN wherever one of the norms is NaN.
+    # Unlike max() and sorted(), numpy returns NaN if one of the norms is NaN.
     return {
         "nuclear_norm_max": float(np.max(norms)),
         "nuclear_norm_median": float(np.median(norms)),

@@ -1,10 +1,11 @@
 """Momo: a step size truncated by a model of the loss. Scalars in, scalar out.
 
 The model is the average of the linearisations of the losses that were seen, weighted as the momentum
-weights their gradients, and cut off at a lower bound F* of the loss. At the parameters p it is worth
+weights their gradients, and cut off at a lower bound F* of the loss. At the parameters p it lies
 h = f̄ - F* + Σ⟨p, m⟩ above the bound, where f̄ is the running average of f - Σ⟨p, g⟩. A step along the
-steepest direction lowers it by τ D (constrained) or τ D² (regularized), so a larger step than h / D or
-h / D² would go for a loss that cannot be. Where nobody knows F*, a rule finds one while training.
+steepest direction lowers it by τ D (constrained) or τ D² (regularized). A larger step than h / D or h / D²
+would aim at a loss below F*, so the step size is truncated there. If F* is not known, a rule estimates it
+while training.
 
 References:
     F. Schaipp, R. Ohana, M. Eickenberg, A. Defazio, R. M. Gower, "MoMo: Momentum Models for Adaptive
@@ -29,7 +30,7 @@ BOUND_RULES: tuple[str, ...] = get_args(BoundRule)
 
 
 def model_value(running_loss: Tensor, momentum_inner: Tensor) -> Tensor:
-    """What the average of the linearisations says the loss is at the parameters, H.
+    """H, the loss at the parameters by the average of the linearisations.
 
     Args:
         running_loss: f̄, 0-d, in units of the loss.
@@ -64,7 +65,7 @@ NO_BOUND = -1e30
 
 
 class Seen(NamedTuple):
-    """What a rule for the lower bound is told at a step, all 0-d."""
+    """What a rule for the lower bound gets at a step, all 0-d."""
 
     loss: Tensor
     """f."""
@@ -75,7 +76,7 @@ class Seen(NamedTuple):
 
 
 class LowerBound(ABC):
-    """F*, a number or a rule that finds one while training; what it knows is in its memory, a vector."""
+    """F*: a number, or a rule that estimates it while training and keeps what it knows in a vector."""
 
     initial: ClassVar[tuple[float, ...]] = ()
     """The memory before the first step."""
@@ -85,7 +86,7 @@ class LowerBound(ABC):
         """F* for this step, 0-d."""
 
     def part(self, memory: Tensor, seen: Seen) -> Tensor:
-        """The part of the way from the model down to F* that a step may go, 0-d."""
+        """The part of the height h that a step may use, 0-d."""
         return torch.ones_like(seen.model)
 
     def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
@@ -104,13 +105,13 @@ class Fixed(LowerBound):
 
 
 class Star(LowerBound):
-    """``star``: the largest bound with which the last step would still have been right, by MoMo's theory.
+    """``star``: the online estimate of MoMo, the largest bound for which the last step was right.
 
     It assumes a convex loss that is never negative. Its memory is the bound.
 
     References:
         F. Schaipp et al., "MoMo: Momentum Models for Adaptive Learning Rates", arXiv 2305.07583, 2024: its
-        online lower bound, and the reset of that where the model has come below it.
+        online lower bound, and the reset of it when the model falls below it.
     """
 
     initial = (0.0,)
@@ -124,14 +125,14 @@ class Star(LowerBound):
 
 @dataclass(frozen=True, slots=True)
 class Relative(LowerBound):
-    """``relative``: a fraction of a running mean of the loss. A step may lower the model by the rest of it.
+    """``relative``: a fraction of a running mean of the loss. A step may lower the model by the rest.
 
-    It assumes a loss above 0, of any scale, which may change. Where the mean is not above 0 it knows no
-    bound, and nothing is truncated. Its memory is the mean.
+    It assumes a loss above 0, of any scale. If the mean is not above 0 there is no bound, and nothing is
+    truncated. Its memory is the mean.
 
     Args:
-        fraction: Of the mean, from 0 (where it is the bound 0) to below 1.
-        horizon: Steps over which the mean forgets.
+        fraction: In [0, 1); 0 gives the bound 0.
+        horizon: The number of steps that the mean remembers.
     """
 
     fraction: float
@@ -154,19 +155,18 @@ class Relative(LowerBound):
 
 @dataclass(frozen=True, slots=True)
 class Scheduled(Relative):
-    """``auto``: the same, but never nearer to the mean than a slack, and steps that follow the schedule.
+    """``auto``: like ``relative``, with a slack below the mean, and with steps that follow the schedule.
 
-    A fraction of a loss near zero is next to nothing: what gradients of other batches promise, the average
-    of the linearisations, is then below it most of the time, and no step would be taken. The slack is what a
-    step may always gain. It is also a bound where the mean is not above 0.
+    Near a loss of zero a fraction of the loss is tiny. The model, an average over other batches, is below it
+    most of the time, and no step would be taken. The slack is a decrease that a step may always aim at. It
+    also gives a bound if the mean is not above 0.
 
-    A truncated step is no longer the learning rate's, so the schedule would not be seen in it, and what a
-    decaying schedule is for, steps that average the noise of the gradients out, would be lost. Where the
-    schedule has come down from its peak, steps go as much less far. The memory is the mean and the highest
-    learning rate so far.
+    A truncated step does not depend on the learning rate, so it would not follow a schedule that decays in
+    order to average out the noise of the gradients. When the schedule has fallen below its peak, the height
+    is multiplied by the same factor. The memory is the mean and the highest learning rate so far.
 
     Args:
-        slack: In units of the loss; as it is meant, in nats.
+        slack: In units of the loss; the default is meant for nats.
     """
 
     slack: float

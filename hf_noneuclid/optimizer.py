@@ -195,7 +195,7 @@ class NonEuclideanDescent(Optimizer):
             largest_entries.append(bucket.largest(grads[-1]))
         largest = torch.cat(largest_entries)
         bad = (largest <= plan.gradient_limits).logical_not().sum().to(largest.dtype)
-        inner = _inner(plan, grads) if plan.options.momo else plan.like
+        inner = _inner(plan, grads)
         share = as_scalar(0.0 if loss is None else loss, plan.like) / plan.ranks
         facts = _sum_over_ranks(plan, torch.stack([bad, largest.sum(), inner, share]))
         bad, movement, inner, mean_loss = facts.unbind()
@@ -205,12 +205,11 @@ class NonEuclideanDescent(Optimizer):
         return Checked(grads, ok, None if loss is None else mean_loss, inner)
 
     def _accumulate(self, plan: Plan, checked: Checked) -> None:
-        """Phase 1: m and v from g, f̄ from f - Σ⟨p, g⟩. First values count wholly, those of bad steps not."""
+        """Phase 1: m and v from g, f̄ from f - Σ⟨p, g⟩, each starting at its first good value."""
         momentum, beta2 = self.param_groups[0]["momentum"], self.param_groups[0]["beta2"]
         weights = []
         for step in plan.steps:
-            is_first = (1 - step).clamp(min=0)
-            of_m, of_v = is_first.clamp(min=1 - momentum), is_first.clamp(min=1 - beta2)
+            of_m, of_v = (1 - step).clamp(min=1 - momentum), (1 - step).clamp(min=1 - beta2)
             weights.append((of_m * checked.ok, of_v * checked.ok))
             step.add_(checked.ok)
         for bucket, grads in zip(plan.buckets, checked.grads, strict=True):
@@ -222,8 +221,7 @@ class NonEuclideanDescent(Optimizer):
     def _measure(self, plan: Plan, checked: Checked) -> Dual:
         """Phase 2: the dual norm d of every unit, and Σ⟨p, m⟩."""
         measured = [bucket.measure(g) for bucket, g in zip(plan.moving, checked.grads, strict=False)]
-        momo = plan.options.momo
-        inner = _inner(plan, [bucket.momenta() for bucket in plan.buckets]) if momo else plan.like
+        inner = _inner(plan, [bucket.momenta() for bucket in plan.buckets])
         summed = _sum_over_ranks(plan, torch.cat([*[x.partial for x in measured], inner.reshape(1)]))
         by_bucket = torch.split(summed[:-1], plan.units)
         norms = [bucket.norm.dual(x) for bucket, x in zip(plan.moving, by_bucket, strict=True)]
@@ -410,9 +408,9 @@ def _sum_over_ranks(plan: Plan, x: Tensor) -> Tensor:
 
 
 def _inner(plan: Plan, xs: Sequence[Tensors]) -> Tensor:
-    """This rank's part of Σ⟨p, x⟩ over all parameters. What replicas have in common counts once."""
+    """This rank's part of Σ⟨p, x⟩, which Momo needs. Replicas hold the same, so that only one counts."""
     total = plan.like
-    if plan.grid.replica == 0:
+    if plan.options.momo and plan.grid.replica == 0:
         for bucket, x in zip(plan.buckets, xs, strict=True):
             total = total + bucket.inner(x)
     return total

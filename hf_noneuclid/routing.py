@@ -1,8 +1,8 @@
 """Which parameter is a matrix.
 
 A matrix is the weight of a linear map between hidden activations; everything else is a vector.
-Ownership decides, not the name alone: the module that holds a tensor, every other module the same tensor is
-tied to, and where that module stands in the model.
+The module that holds a tensor decides, not the name alone: its class, every other module that the tensor is
+tied to, and where the module stands in the model.
 """
 
 import math
@@ -18,23 +18,23 @@ from torch.nn.modules.conv import _ConvNd
 
 Kind = Literal["matrix", "vector", "frozen"]
 _PLURAL: dict[Kind, str] = {"matrix": "matrices", "vector": "vectors", "frozen": "frozen"}
-# A module that holds a parameter, its path and the parameter's name in it; a tied parameter has several.
-Place = tuple[nn.Module, str, str]
+# A module that holds a parameter, the path of the module, and the name of the parameter in it.
+Holder = tuple[nn.Module, str, str]
 
-# Parameters that a module multiplies with itself instead of through an nn.Linear: routers and fused experts
-# of transformers, in_proj_weight of nn.MultiheadAttention, weight_ih_l0 of nn.LSTM. Class tokens, position
-# tables, scales and biases bear other names, and what bears an unknown name is safer among the vectors.
+# Matrices that a module holds itself instead of in an nn.Linear: routers and fused experts of transformers,
+# in_proj_weight of nn.MultiheadAttention, weight_ih_l0 of nn.LSTM. Class tokens, position tables, scales and
+# biases have other names. A parameter with an unknown name is safer among the vectors.
 _LINEAR_NAME = re.compile(r"(\w+_)?(weight|proj|projection)|weight_[ih]h_l\d+(_reverse)?")
 _NONLINEAR_CLASS = re.compile(r"norm|embed|position|relative", re.IGNORECASE)
-# Only asked of transformers models that do not keep their heads apart from a base model, such as
-# T5ForQuestionAnswering or CLIPForImageClassification.
+# Needed only for transformers models whose heads are not apart from a base model, such as
+# T5ForQuestionAnswering and CLIPForImageClassification.
 _HEAD_NAME = re.compile(r"classifier|score|qa_outputs|(classification|lm|ctc|codec|itm)_heads?")
 _LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a parameter of `model.named_parameters()` goes and why; the shape is that before sharding."""
+    """Where a parameter of ``model.named_parameters()`` goes, and why. Its shape is that before sharding."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class RoutingTable:
-    """One route a parameter, in the order of the model, tied ones once; `str` gives a table for the log."""
+    """A route for each parameter, in the order of the model, tied ones once; ``str`` gives a table."""
 
     routes: tuple[Route, ...]
 
@@ -73,7 +73,7 @@ class RoutingTable:
         return tuple(route for route in self.routes if route.kind == kind)
 
     def __str__(self) -> str:
-        """One row a pattern of names (layer numbers are stars); frozen parameters only in the totals."""
+        """A row for each pattern of names, with stars for layer numbers; frozen ones only in the totals."""
         trainable = (route for route in self.routes if route.kind != "frozen")
         patterns = Counter((_LAYER_NUMBER.sub("*", r.name), r.shape, r.kind, r.reason) for r in trainable)
         cells = [(name, str(shape), f"x{n}", kind, why) for (name, shape, kind, why), n in patterns.items()]
@@ -94,29 +94,29 @@ def route_parameters(
     target_modules: str | Sequence[str] | None = None,
     matrix_lr_scale: float = 1.0,
 ) -> tuple[list[dict[str, Any]], RoutingTable]:
-    """Split the trainable parameters of a model into matrices and vectors.
+    """Splits the trainable parameters of a model into matrices and vectors.
 
-    Only a transformers model tells its heads from its hidden layers (by its base model). In any other module
-    every `nn.Linear` is a matrix, except what `get_output_embeddings()` returns. An adapter goes with what it
-    adapts: LoRA's A and B are matrices in the hidden layers, vectors on an embedding or a head.
+    Only a transformers model tells its heads from its hidden layers, by its base model. In any other module
+    every ``nn.Linear`` is a matrix, except what ``get_output_embeddings()`` returns. An adapter goes with
+    what it adapts: LoRA's A and B are matrices in the hidden layers, vectors on an embedding or a head.
 
     Args:
-        model: any module, bare or wrapped (PEFT, DDP, FSDP2, DeepSpeed); not FSDP1.
-        vector_norm: norm of the vectors: "linf", "ada_linf" or "ada_l2".
-        weight_decay: decoupled weight decay, a rate relative to the learning rate.
-        decay_parameters: names of the parameters that are decayed; None for all of them.
-        target_modules: overrides the choice, as `optim_target_modules` of the Trainer: names of modules or
-            parts of them, or one regular expression for a whole name, or "all-linear". The matrices are the
-            parameters with two dimensions or more of the modules that match, whatever else they may be.
-        matrix_lr_scale: what the learning rate of the matrices is multiplied by.
+        model: Any module, bare or wrapped (PEFT, DDP, FSDP2, DeepSpeed), except FSDP1.
+        vector_norm: Norm of the vectors: ``linf``, ``ada_linf`` or ``ada_l2``.
+        weight_decay: Decoupled weight decay λ.
+        decay_parameters: Names of the parameters that decay; None for all of them.
+        target_modules: Overrides the choice, like ``optim_target_modules`` of the Trainer: names of modules
+            or parts of them, or one regular expression for a whole name, or ``all-linear``. Every parameter
+            with two dimensions or more that a matching module holds is a matrix then.
+        matrix_lr_scale: Multiplies the learning rate of the matrices.
 
     Returns:
-        The non-empty parameter groups: "params" (pairs of name and parameter), "norm", "weight_decay" and
-        "lr_scale". Weights of convolutions stand in groups of their own with "flatten": True, to be stepped
-        as shape[0] x rest. And the table of what went where.
+        The parameter groups that are not empty, and the table of what went where. A group has ``params``
+        (pairs of name and parameter), ``norm``, ``weight_decay`` and ``lr_scale``. Weights of convolutions
+        are in groups of their own with ``flatten``, which makes them matrices of shape[0] rows.
 
     Raises:
-        ValueError: no parameter is a matrix, a target matches nothing, or the model is wrapped by FSDP1.
+        ValueError: No parameter is a matrix, a target matches nothing, or the model is wrapped by FSDP1.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
@@ -125,13 +125,13 @@ def route_parameters(
         [('spectral', ['1.weight']), ('ada_l2', ['0.weight', '1.bias'])]
     """
     _refuse_fsdp1(model)
-    places = _places(model)
+    holders = _holders(model)
     outside = _outside_hidden_layers(model)
     chosen = None if target_modules is None else _chosen(model, target_modules)
     named = dict(model.named_parameters())
     table = RoutingTable(
         tuple(
-            Route(name, full_shape(parameter), *classify(parameter, places[id(parameter)], outside, chosen))
+            Route(name, full_shape(parameter), *classify(parameter, holders[id(parameter)], outside, chosen))
             for name, parameter in named.items()
         )
     )
@@ -142,8 +142,8 @@ def route_parameters(
     groups: dict[tuple[Kind, bool, bool], dict[str, Any]] = {}
     for route in table.matrices + table.vectors:
         is_matrix, decays = route.kind == "matrix", route.name in decayed
-        holders = (module for module, _, _ in places[id(named[route.name])])
-        flatten = is_matrix and any(isinstance(holder, _ConvNd) for holder in holders)
+        modules = [module for module, _, _ in holders[id(named[route.name])]]
+        flatten = is_matrix and any(isinstance(module, _ConvNd) for module in modules)
         norm, lr_scale = ("spectral", matrix_lr_scale) if is_matrix else (vector_norm, 1.0)
         decay = weight_decay if decays else 0.0
         empty = {"params": [], "norm": norm, "weight_decay": decay, "lr_scale": lr_scale}
@@ -160,15 +160,15 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def classify(
-    parameter: Tensor, places: Sequence[Place], outside: Mapping[int, str], chosen: Collection[int] | None
+    parameter: Tensor, holders: Sequence[Holder], outside: Mapping[int, str], chosen: Collection[int] | None
 ) -> tuple[Kind, str]:
-    """Kind of a parameter and the reason, by the first rule that applies.
+    """The kind of a parameter and the reason, by the first rule that applies.
 
     Args:
-        parameter: what to classify.
-        places: every module that holds it.
-        outside: ids of the parameters that are no hidden weights, and why.
-        chosen: ids of the parameters the user wants as matrices; None leaves it to the rules.
+        parameter: What to classify.
+        holders: Every module that holds it; a tied parameter has several.
+        outside: Ids of the parameters that are not hidden weights, and why.
+        chosen: Ids of the parameters that the user chose as matrices; None leaves it to the rules.
     """
     ndim = len(full_shape(parameter))
     if not parameter.requires_grad:
@@ -179,14 +179,14 @@ def classify(
         return ("matrix", "target module") if id(parameter) in chosen else ("vector", "not a target module")
     if id(parameter) in outside:
         return "vector", outside[id(parameter)]
-    if all(reasons := [_linear_map(place, ndim) for place in places]):
+    if all(reasons := [_linear_map(holder, ndim) for holder in holders]):
         return "matrix", reasons[0]
     return "vector", "not a known linear map"
 
 
-def _linear_map(place: Place, ndim: int) -> str:
-    """What kind of linear map a parameter is the weight of in this place; "" if of none."""
-    module, path, leaf = place
+def _linear_map(holder: Holder, ndim: int) -> str:
+    """The kind of linear map whose weight a module holds in a parameter; "" if it is not one."""
+    module, path, leaf = holder
     if isinstance(module, _ConvNd):
         return "convolution" if leaf == "weight" else ""
     if _is_linear(module):
@@ -205,26 +205,26 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _outside_hidden_layers(model: nn.Module) -> dict[int, str]:
-    """Parameters (by identity, so that tied ones are found) that are no hidden weights, and why."""
+    """Ids of the parameters that are not hidden weights, and why. The ids find tied parameters, too."""
     reasons: dict[int, str] = {}
     for module in model.modules():
-        for reason, parameters in _no_hidden_weights(module):
+        for reason, parameters in _not_hidden(module):
             for parameter in parameters:
                 reasons.setdefault(id(parameter), reason)
     return reasons
 
 
-def _no_hidden_weights(module: nn.Module) -> Iterator[tuple[str, Iterable[Tensor]]]:
+def _not_hidden(module: nn.Module) -> Iterator[tuple[str, Iterable[Tensor]]]:
     adapted = getattr(module, "base_layer", module)  # what an adapter of PEFT wraps
     if isinstance(adapted, nn.Embedding | nn.EmbeddingBag):
         yield "embedding", module.parameters()
-    # Vision models return the projection of their patches here, a convolution and so a matrix.
-    entry = _call(module, "get_input_embeddings")
-    if entry is not None and not isinstance(entry, _ConvNd):
-        yield "input embedding", entry.parameters(recurse=False)
-    if (exit_ := _call(module, "get_output_embeddings")) is not None:
-        yield "output embedding", exit_.parameters()
-    yield "head outside the base model", _head_parameters(module, entry)
+    # Vision models return the projection of their patches here, a convolution, which is a matrix.
+    input_embeddings = _call(module, "get_input_embeddings")
+    if input_embeddings is not None and not isinstance(input_embeddings, _ConvNd):
+        yield "input embedding", input_embeddings.parameters(recurse=False)
+    if (output_embeddings := _call(module, "get_output_embeddings")) is not None:
+        yield "output embedding", output_embeddings.parameters()
+    yield "head outside the base model", _head_parameters(module, input_embeddings)
 
 
 def _call(module: nn.Module, getter: str) -> nn.Module | None:
@@ -235,16 +235,16 @@ def _call(module: nn.Module, getter: str) -> nn.Module | None:
     return result if isinstance(result, nn.Module) else None
 
 
-def _head_parameters(module: nn.Module, entry: nn.Module | None) -> list[Tensor]:
-    """What a transformers model, alone or inside of something larger, has beside its base model."""
-    # Asked of the class: PEFT and other wrappers pass attributes they lack on to the model they wrap.
+def _head_parameters(module: nn.Module, input_embeddings: nn.Module | None) -> list[Tensor]:
+    """What a transformers model has beside its base model; the model may be part of a larger one."""
+    # The class is asked: wrappers such as PEFT pass attributes that they lack on to the model they wrap.
     prefix = getattr(type(module), "base_model_prefix", None)
     if prefix is None:
         return []
     base = getattr(module, prefix, None) if prefix else None
     inside = {id(p) for p in base.parameters()} if isinstance(base, nn.Module) else set()
-    # In DINOv3ViTModel that name is the stack of layers alone; a base model has the input embeddings, too.
-    if inside and (entry is None or all(id(p) in inside for p in entry.parameters())):
+    # In DINOv3ViTModel that name is only the stack of layers; a base model has the input embeddings, too.
+    if inside and (input_embeddings is None or all(id(p) in inside for p in input_embeddings.parameters())):
         return [p for p in module.parameters() if id(p) not in inside]
     heads = (child for name, child in module.named_children() if _HEAD_NAME.fullmatch(name))
     return [p for head in heads for p in head.parameters()]
@@ -269,17 +269,18 @@ def _targeted(model: nn.Module, target: str, *, whole_name: bool) -> set[int]:
         if _is_linear(module) if all_linear else named:
             matched |= {id(p) for p in module.parameters(recurse=False) if len(full_shape(p)) >= 2}
     if all_linear:
-        exits = (_call(module, "get_output_embeddings") for module in model.modules())
-        matched -= {id(p) for exit_ in exits if exit_ is not None for p in exit_.parameters()}
+        heads = [_call(module, "get_output_embeddings") for module in model.modules()]
+        matched -= {id(p) for head in heads if head is not None for p in head.parameters()}
     return matched
 
 
-def _places(model: nn.Module) -> dict[int, list[Place]]:
-    places: defaultdict[int, list[Place]] = defaultdict(list)
+def _holders(model: nn.Module) -> dict[int, list[Holder]]:
+    """The holders of each parameter, by its identity."""
+    holders: defaultdict[int, list[Holder]] = defaultdict(list)
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            places[id(parameter)].append((module, path, leaf))
-    return places
+            holders[id(parameter)].append((module, path, leaf))
+    return holders
 
 
 def _refuse_fsdp1(model: nn.Module) -> None:
@@ -290,7 +291,7 @@ def _refuse_fsdp1(model: nn.Module) -> None:
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__}: FSDP1 (FullyShardedDataParallel) flattens the parameters it wraps and "
-            "leaves no matrix to orthogonalise; use FSDP2 (fsdp_version: 2)"
+            "no matrices remain; use FSDP2 (fsdp_version: 2)"
         )
 
 
@@ -299,7 +300,7 @@ def _no_matrices(model: nn.Module, table: RoutingTable) -> str:
     return (
         f"{type(model).__name__} has no trainable matrix; its {len(table.routes)} parameters are: "
         f"{', '.join(f'{count} x {reason}' for reason, count in reasons) or 'none'}. Name the modules whose "
-        "weights are matrices with optim_target_modules (target_modules), or unfreeze some"
+        "weights are matrices with optim_target_modules (target_modules), or unfreeze parameters"
     )
 
 

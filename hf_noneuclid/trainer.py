@@ -1,9 +1,8 @@
 """The Hugging Face Trainer: the methods by name, the loss for Momo, the step size in the logs.
 
-``register`` enters the methods into the Trainer's registry of optimizers and adds a callback that is inert
-until a Trainer trains with one of them; only then ``Accelerator.backward`` is observed, since every loss
-passes through it, once, whatever a Trainer's subclass does. ``NonEuclidTrainerMixin`` does the same for one
-Trainer alone.
+``register`` adds the methods to the Trainer's registry of optimizers, and a callback that does nothing until
+a Trainer trains with one of them. Only then is ``Accelerator.backward`` observed: every loss passes through
+it once, whatever a subclass of the Trainer does. ``NonEuclidTrainerMixin`` does the same for one Trainer.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ _MixedInto: Any = object  # whatever Trainer a user mixes it into
 logger = logging.getLogger(__name__)
 
 _MIXED_INTO: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar("mixed_into", default=None)
-"""The NonEuclidTrainerMixin that is making its optimizer, and the options it wants."""
+"""The NonEuclidTrainerMixin that is making its optimizer, and its options."""
 
 # ---------------------------------------------------------------- the loss
 
@@ -62,8 +61,8 @@ _MIXED_INTO: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar("mixed_i
 class _LossObserver:
     """Passes the loss of every backward to the optimizers of an accelerator.
 
-    A window of accumulation ends with a backward that synchronises gradients, whether or not a step
-    follows it: a loss scaler may skip the step, and its loss must not be added to the next window's.
+    A window of accumulation ends with the backward that synchronises gradients, whether or not a step
+    follows: a loss scaler may skip the step, and this loss must not be added to the next window.
     """
 
     def __init__(self) -> None:
@@ -79,7 +78,7 @@ class _LossObserver:
 
 
 def _accumulation_divisor(accelerator: Accelerator, scale_wrt_gas: bool = True, **_: Any) -> int:
-    """What backward itself divides the loss by (the Trainer divides before, and sets this to 1)."""
+    """The number by which ``backward`` divides the loss. The Trainer divides before, and sets it to 1."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return int(accelerator.gradient_accumulation_steps)
     engine = accelerator.deepspeed_engine_wrapped.engine
@@ -87,7 +86,7 @@ def _accumulation_divisor(accelerator: Accelerator, scale_wrt_gas: bool = True, 
 
 
 def _warn_of_double_division(args: Any) -> None:
-    """Before transformers 5.6 the Trainer leaves accelerate's division of the loss on, beside its own."""
+    """Before transformers 5.6 accelerate divides the loss, too, after the Trainer has done so."""
     steps = args.gradient_accumulation_steps
     if steps > 1 and Version(transformers.__version__) < Version("5.6"):
         logger.warning(
@@ -111,14 +110,14 @@ _OBSERVER = _LossObserver()
 _OBSERVED_ALONE: WeakSet[Accelerator] = WeakSet()
 """Accelerators whose own ``backward`` is observed, by a NonEuclidTrainerMixin."""
 _FED_ALONE: WeakSet[NonEuclideanDescent] = WeakSet()
-"""The optimizers of those."""
+"""The optimizers of these accelerators."""
 
 
 def _observed(backward: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(backward)
     def observed_backward(accelerator: Accelerator, loss: Tensor, **kwargs: Any) -> None:
         if accelerator not in _OBSERVED_ALONE:
-            # Before the backward: under DeepSpeed the optimizer steps inside it.
+            # Before the backward, because DeepSpeed takes the step inside it.
             _OBSERVER.observe(accelerator, loss, **kwargs)
         backward(accelerator, loss, **kwargs)
 
@@ -151,7 +150,7 @@ def observe_accelerator(accelerator: Accelerator) -> None:
 
 
 class NonEuclidCallback(TrainerCallback):
-    """Observes the loss and logs the step size where the optimizer is ours; inert elsewhere."""
+    """Observes the loss and logs the step size if the optimizer is ours; does nothing otherwise."""
 
     def __init__(self) -> None:
         self._log: StepLog | None = None
@@ -174,7 +173,7 @@ class NonEuclidCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = find_optimizer(kwargs.get("optimizer"))
         if optimizer is not None and state.global_step == 1:
-            optimizer.diagnostics()  # warns of a lower bound above the first loss, while it is early
+            optimizer.diagnostics()  # warns early of a lower bound above the first loss
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._log is not None and "learning_rate" in logs:
@@ -210,13 +209,13 @@ def _make_optimizer_arguments(
 
 
 def _handle(context: OptimizerContext) -> tuple[type[NonEuclideanDescent], dict[str, Any]]:
-    """What the Trainer's registry calls. A class with ``params``: other libraries extend a factory's keys."""
+    """Called by the registry. It returns a class with ``params``: other libraries extend a factory's keys."""
     name, args, model = _name(context.args.optim), context.args, context.model
     if model is None:
-        raise ValueError(f"optim={name!r} needs the model, to tell its matrices from its vectors.")
+        raise ValueError(f"optim={name!r} needs the model, in order to tell matrices from vectors.")
     mixed_into = _MIXED_INTO.get()
     if mixed_into is None:
-        # The context does not hold the Trainer, but the method reads nothing of the one it belongs to.
+        # The context does not hold the Trainer, but this method reads nothing from its instance.
         decay = Trainer.get_decay_parameter_names(None, model)
         values = parse_options(context.optim_args)
     else:
@@ -226,13 +225,13 @@ def _handle(context: OptimizerContext) -> tuple[type[NonEuclideanDescent], dict[
 
 
 def register() -> None:
-    """Enters the methods into the Trainer's registry and adds the callback. May be called again."""
+    """Adds the methods to the Trainer's registry, and the callback. May be called again."""
     for name in all_names():
         if name in OptimizerNames._value2member_map_:
             member = OptimizerNames(name)
             if _OPTIMIZER_HANDLERS.get(member) is not _handle:
                 logger.warning(
-                    "transformers has an optimizer %r of its own, which stays; ours is reached as "
+                    "transformers has its own optimizer %r, which stays in place; ours is "
                     "hf_noneuclid.create_optimizer(model, %r, ...).",
                     name,
                     name,
@@ -240,12 +239,12 @@ def register() -> None:
             continue
         _OPTIMIZER_HANDLERS[_add_member(name)] = _handle
     if NonEuclidCallback not in hf_trainer.DEFAULT_CALLBACKS:
-        # First, so that what it adds to the logs is seen by the callbacks that report them.
+        # It comes first, so that other callbacks report what it adds to the logs.
         hf_trainer.DEFAULT_CALLBACKS.insert(0, NonEuclidCallback)
 
 
 def _add_member(value: str) -> OptimizerNames:
-    """Adds a member to OptimizerNames, since TrainingArguments checks names there and pickles by them."""
+    """Adds a member to OptimizerNames, by which TrainingArguments checks and pickles names."""
     member = str.__new__(OptimizerNames, value)
     member._name_ = value.upper().replace("-", "__")
     member._value_ = value
@@ -260,15 +259,15 @@ def _add_member(value: str) -> OptimizerNames:
 
 
 class NonEuclidTrainerMixin(_MixedInto):
-    """Puts a method of this package into a Trainer, and observes the loss of its accelerator alone.
+    """Makes a Trainer use a method of this package, and observes only the loss of its own accelerator.
 
-    Goes before the Trainer's class: ``class MyTrainer(NonEuclidTrainerMixin, SFTTrainer)``. If
-    ``args.optim`` names one of our methods, that is used, with ``args.optim_args``; else the two
-    attributes below are.
+    It stands before the class of the Trainer: ``class MyTrainer(NonEuclidTrainerMixin, SFTTrainer)``. If
+    ``args.optim`` names one of our methods, this method is used, with ``args.optim_args``; otherwise the
+    two attributes below are used.
 
     Attributes:
         method: Name of the method.
-        method_options: Its options, as of ``create_optimizer``.
+        method_options: Its options, as in ``create_optimizer``.
     """
 
     method: str = "muonmax_momo"
@@ -288,8 +287,8 @@ class NonEuclidTrainerMixin(_MixedInto):
                 super().create_optimizer(*args, **kwargs)
             if find_optimizer(self.optimizer) is None:
                 raise RuntimeError(
-                    f"{type(self).__name__} trains with {method!r}, but a create_optimizer that it inherits "
-                    f"made {type(self.optimizer).__name__}. Pass optimizers=(hf_noneuclid.create_optimizer("
+                    f"{type(self).__name__} trains with {method!r}, but an inherited create_optimizer made "
+                    f"{type(self.optimizer).__name__}. Pass optimizers=(hf_noneuclid.create_optimizer("
                     "...), None)."
                 )
         optimizer: torch.optim.Optimizer = self.optimizer
@@ -299,7 +298,7 @@ class NonEuclidTrainerMixin(_MixedInto):
 
     @contextmanager
     def _asking_for(self, method: str, values: dict[str, Any]) -> Iterator[None]:
-        """By name, through the Trainer's own way: a subclass may have parameters of its own to add to it."""
+        """Asks by name in the Trainer's own way, because a subclass may add parameters of its own."""
         asked, self.args.optim = self.args.optim, OptimizerNames(method)
         token = _MIXED_INTO.set((self, values))
         try:
