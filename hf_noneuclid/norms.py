@@ -37,9 +37,8 @@ from .elementwise import Tensors, inner_products
 from .polar import PolarMethod, compute_dtype, polar_factors
 
 VectorNormName = Literal["linf", "ada_linf", "ada_l2"]
-NormName = Literal["spectral", "linf", "ada_linf", "ada_l2"]
 VECTOR_NORMS: tuple[str, ...] = get_args(VectorNormName)
-NORMS: tuple[str, ...] = get_args(NormName)
+NORMS = ("spectral", *VECTOR_NORMS)
 ADAPTIVE_NORMS = frozenset({"ada_linf", "ada_l2"})
 """The norms that need the second moment v."""
 

@@ -99,10 +99,7 @@ def make_plan(
     ]
     if not parameters:
         raise RuntimeError("no parameter of the optimizer requires a gradient: there is nothing to step.")
-    held = dict(
-        zip(parameters, gather_intervals([x.name for x in parameters], [x.shard for x in parameters], grid),
-            strict=True)
-    )  # fmt: skip
+    intervals = gather_intervals([x.name for x in parameters], [x.shard for x in parameters], grid)
 
     is_wide = any(x.shard.tensor.dtype == torch.float64 for x in parameters)
     like = torch.zeros((), dtype=torch.float64 if is_wide else torch.float32, device=grid.device)
@@ -120,8 +117,8 @@ def make_plan(
         stale=options.nuclear_norm == "stale",
         like=like,
     )
-    maker = _BucketMaker(options, grid, held, memory, like)
-    matrices, vectors, frozen = maker.make()
+    held = dict(zip(parameters, intervals, strict=True))
+    matrices, vectors, frozen = _BucketMaker(options, grid, held, memory, like).make()
     buckets: list[Bucket] = [*matrices, *vectors, *frozen]
     in_matrices = [x for bucket in matrices for x in bucket.parameters]
     moving = [*in_matrices, *(x for bucket in vectors for x in bucket.parameters)]
@@ -216,20 +213,19 @@ class _BucketMaker:
             else:
                 held = [[self._held[x][shard] for x in its] for shard in range(grid.shards)]
                 exchange = Exchange(blocks, held, grid, self._spectral.dtype(dtype, grid.device))
-            limit = polar_batch_bytes(grid.device, self._workspace)
+            polar = []
+            for same in polar_batches(exchange.owned, polar_batch_bytes(grid.device, self._workspace)):
+                units = [unit for i in same for unit in exchange.owned[i].units]
+                polar.append(PolarBatch(same, torch.tensor(units, device=grid.device)))
             yield MatrixBucket(
                 its,
                 *self._common(its, cohort),
                 norm=self._nuclear_norm(its),
                 spectral=self._spectral,
                 exchange=exchange,
-                polar_batches=[
-                    PolarBatch(same, torch.tensor([unit for i in same for unit in exchange.owned[i].units],
-                                                  device=grid.device))
-                    for same in polar_batches(exchange.owned, limit)
-                ],
+                polar_batches=polar,
                 reuse_gradients=options.reuse_gradients,
-            )  # fmt: skip
+            )
 
     def _nuclear_norm(self, parameters: Sequence[LocalParameter]) -> NuclearNorm:
         grid = self._grid
