@@ -84,7 +84,7 @@ class Bucket:
         self._is_whole = all(x.is_whole for x in self._shards)
         self._counts = [x.units for x in parameters]
         self._positions = [i for i, x in enumerate(parameters) if x.shard.size]
-        self._indices = torch.tensor(self._positions, device=workplace.like.device)
+        self._indices = torch.tensor(self._positions, dtype=torch.int64, device=workplace.like.device)
 
     def _local(self, tensors: list[Tensor], shards: Sequence[LocalShard] | None = None) -> list[Tensor]:
         """This rank's elements of tensors that are laid out like the parameters."""
@@ -265,6 +265,8 @@ class MatrixBucket(Bucket):
         super().__init__(parameters, cohort, remembered, workplace)
         self.norm, self.polar_batches = norm, polar_batches
         self._spectral, self._exchange, self._reuse_gradients = spectral, exchange, reuse_gradients
+        # Polar factors are computed where the scalars are, which is not where offloaded parameters are.
+        self._foreach = workplace.foreach or workplace.like.device.type != "cpu"
         tensor = parameters[0].shard.tensor
         self._empty = torch.empty(0, dtype=wide_dtype(tensor.dtype), device=tensor.device)
 
@@ -298,7 +300,7 @@ class MatrixBucket(Bucket):
         Args:
             grads: The gradients, if the factors may be kept in their place.
         """
-        foreach = self._workplace.foreach
+        foreach = self._foreach
         matrices = self._exchange.gather(self._for_all(self.momenta()))
         factors = list(matrices)
         norms = self._workplace.like.new_zeros(self.units)
