@@ -112,11 +112,12 @@ def check_views(groups: Sequence[Mapping[str, Any]]) -> None:
     for i, group in enumerate(groups):
         names = parameter_names(group, i, len(group["params"]))
         for name, param in zip(names, group["params"], strict=True):
+            # DTensors and meta tensors have no address of their own.
             if param.numel() and not param.is_meta and not hasattr(param, "device_mesh"):
                 last = sum((n - 1) * stride for n, stride in zip(param.shape, param.stride(), strict=True))
                 start = param.data_ptr()
                 spans.append((str(param.device), start, start + (last + 1) * param.element_size(), name))
-    spans.sort()
+    spans.sort()  # by device and address: parameters that overlap are neighbours
     for (device, _, end, name), (other_device, start, _, other) in itertools.pairwise(spans):
         if device == other_device and start < end:
             raise ValueError(

@@ -194,9 +194,11 @@ class NonEuclideanDescent(Optimizer):
             grads.append(bucket.gradients())
             largest_entries.append(bucket.largest(grads[-1]))
         largest = torch.cat(largest_entries)
+        # NaN fails every comparison, so that it counts as bad, too.
         bad = (largest <= plan.gradient_limits).logical_not().sum().to(largest.dtype)
         inner = _inner(plan, grads)
         share = as_scalar(0.0 if loss is None else loss, plan.like) / plan.ranks
+        # All that the ranks must agree on before anything is written, in one all-reduce.
         facts = _sum_over_ranks(plan, torch.stack([bad, largest.sum(), inner, share]))
         bad, movement, inner, mean_loss = facts.unbind()
         ok = (bad == 0) & inner.isfinite() & mean_loss.isfinite()
@@ -209,6 +211,7 @@ class NonEuclideanDescent(Optimizer):
         momentum, beta2 = self.param_groups[0]["momentum"], self.param_groups[0]["beta2"]
         weights = []
         for step in plan.steps:
+            # 1 at the first good step, 1 - β after it, 0 at a bad one.
             of_m, of_v = (1 - step).clamp(min=1 - momentum), (1 - step).clamp(min=1 - beta2)
             weights.append((of_m * checked.ok, of_v * checked.ok))
             step.add_(checked.ok)
@@ -220,6 +223,7 @@ class NonEuclideanDescent(Optimizer):
 
     def _measure(self, plan: Plan, checked: Checked) -> Dual:
         """Phase 2: the dual norm d of every unit, and Σ⟨p, m⟩."""
+        # Frozen parameters stand last in the buckets: they have gradients (of zero), and no directions.
         measured = [bucket.measure(g) for bucket, g in zip(plan.moving, checked.grads, strict=False)]
         inner = _inner(plan, [bucket.momenta() for bucket in plan.buckets])
         summed = _sum_over_ranks(plan, torch.cat([*[x.partial for x in measured], inner.reshape(1)]))
@@ -233,9 +237,11 @@ class NonEuclideanDescent(Optimizer):
         n = plan.matrix_units
         D, matrix_shares, vector_shares = plan.product_norm.compose(d[:n], d[n:])
         tau, bound, memory = self._step_size(plan, checked.loss, dual.inner, D)
+        # Momenta are finite here, but sums of large ones may not be: then nothing moves, and the step is bad.
         ok = checked.ok & D.isfinite() & tau.isfinite()
         length = tau * D if plan.options.descent == "regularized" else tau
         shares = torch.cat([matrix_shares, vector_shares])
+        # s counts once in d (for the share and D) and once more in the direction.
         coefficients = torch.where(ok, -length * shares * plan.scales, 0)
         return Decided(ok, tau, D, coefficients, plan.eta * ok, bound, memory)
 
@@ -377,7 +383,7 @@ class NonEuclideanDescent(Optimizer):
         Raises:
             ValueError: The checkpoint is of another method, or its groups or parameters do not fit.
         """
-        before = [dict(group) for group in self.param_groups]
+        before = [dict(group) for group in self.param_groups]  # torch replaces the groups by those saved
         for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             parameter_groups.check_checkpoint(ours, saved)
         params = [param for group in self.param_groups for param in group["params"]]
@@ -389,6 +395,7 @@ class NonEuclideanDescent(Optimizer):
         for group, ours in zip(self.param_groups, before, strict=True):
             for name, value in ours.items():
                 group.setdefault(name, value)  # an option that the checkpoint is too old to have
+        # torch has cast the state to the dtype of the parameters; a bfloat16 momentum does not resume exactly.
         for param, saved in zip(params, saved_states, strict=True):
             for key, value in saved.items():
                 self.state[param][key] = value.detach().to(param.device, copy=True)

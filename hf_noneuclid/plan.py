@@ -95,6 +95,7 @@ def make_plan(
     parameters = [
         x
         for x in make_parameters(groups, names, shards, options.descent)
+        # A frozen parameter with a history counts: its momentum decays, and the model of the loss knows it.
         if x.elements and (x.is_trained or x.shard.tensor in state)
     ]
     if not parameters:
@@ -260,8 +261,11 @@ def bucket_matrices(
     """
     buckets = []
     for group in _group(parameters):
+        # Sorted, so that matrices of one shape end up in one bucket and their polar factors in one batch.
         by_shape = sorted(group, key=lambda x: sorted(_stack(x)[1:]))
+        # Each owner receives about one part in ``shards`` of a bucket.
         buckets += _capped(by_shape, lambda x: 4 * x.elements // shards, workspace)
+    # Owners are chosen for all buckets together: the work of a step is to be even, not that of a bucket.
     flat = [x for bucket in buckets for x in bucket]
     intervals = [held[x] for x in flat]
     owners = own_matrices([_stack(x) for x in flat], intervals, replicas, shards, polar_steps)

@@ -61,7 +61,7 @@ class Exchange:
             self._by_owner.setdefault(block.owner, []).append(block)
         self.owned: Sequence[OwnedBlock] = self._by_owner.get(grid.coordinate, [])
         shards = range(grid.shards)
-        # The elements on this rank that each shard of each replica owns.
+        # Sizes of the messages. First: the elements on this rank that each shard of each replica owns.
         self._mine = [
             [self._count(self._by_owner.get((replica, s), ()), grid.shard) for s in shards]
             for replica in range(grid.replicas)
@@ -103,7 +103,7 @@ class Exchange:
         """
         grid = self._grid
         flat = [m.reshape(-1) for m in momenta]
-        if grid.shards == 1:
+        if grid.shards == 1:  # replicas hold every matrix whole
             return [flat[b.parameter][slice(*b.interval)].view(b.shape).to(grid.device) for b in self.owned]
         held, sends = self._held[grid.shard], self._mine[grid.replica]
         parts = [
@@ -149,6 +149,7 @@ class Exchange:
             ]
         mine = _join(flat, self._dtype, grid.device)
         mine = grid.all_to_all(mine, self._owned, self._mine[grid.replica])
+        # Now this rank has its elements of all directions that its replica computed; others have the rest.
         by_replica = grid.all_gather(mine, [sum(sizes) for sizes in self._mine])
         directions = []
         for arrivals in self._arrivals:

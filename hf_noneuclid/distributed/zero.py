@@ -51,6 +51,7 @@ def _shard_fragment(flat: Tensor, param: Any, name: str) -> LocalShard:
         return LocalShard(flat, shape, (0, 0), slice(0, 0))
     lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
     fragment = LocalShard(flat, shape, (lp.start, lp.start + lp.numel), slice(hp.start, hp.start + hp.numel))
+    # A wrong mapping would train on mixed-up parameters without a word: compare the values once.
     held = fragment.local(flat).to(param.device, param.dtype)
     if not torch.equal(held, param.detach().reshape(-1)[slice(*fragment.interval)]):
         raise RuntimeError(
