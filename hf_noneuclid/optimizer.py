@@ -395,7 +395,7 @@ class NonEuclideanDescent(Optimizer):
         for group, ours in zip(self.param_groups, before, strict=True):
             for name, value in ours.items():
                 group.setdefault(name, value)  # an option that the checkpoint is too old to have
-        # torch has cast the state to the dtype of the parameters; a bfloat16 momentum does not resume exactly.
+        # torch casts the state to the dtype of the parameters; momentum in bfloat16 would not resume exactly.
         for param, saved in zip(params, saved_states, strict=True):
             for key, value in saved.items():
                 self.state[param][key] = value.detach().to(param.device, copy=True)
