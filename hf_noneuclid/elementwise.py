@@ -116,6 +116,7 @@ def average_(
     if not averages or not (foreach or ok):
         return
     ok, weight = ok.to(averages[0].device), weight.to(averages[0].device, averages[0].dtype)
+    zero = torch.zeros_like(weight)
     for _, (average, value) in chunks(limit, averages, values):
         if not foreach:
             for a, x in zip(average, value, strict=True):
@@ -125,7 +126,7 @@ def average_(
         wide: Tensors = [x.to(average[0].dtype) for x in value]
         change = torch._foreach_sub(torch._foreach_mul(wide, wide) if square else wide, average)
         # A weight of 0 does not protect from a bad step: 0 times NaN is NaN.
-        difference = [torch.where(ok, x, 0) for x in change]
+        difference = [torch.where(ok, x, zero) for x in change]
         torch._foreach_mul_(difference, weight)
         torch._foreach_add_(average, difference)
 
