@@ -41,15 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(suite: Suite, found: Sequence[Result], folder: Path) -> Path:
-    """Writes report.md, results.json and the figures.
-
-    Args:
-        suite: The suite as it was when the study was made.
-        found: One result for each run.
-        folder: Is made if it does not exist.
-
-    Returns:
-        The path of report.md.
+    """Writes report.md, results.json and the figures to a folder, and gives the path of report.md.
 
     Raises:
         InputError: No run has ended, or the folder cannot be written to.

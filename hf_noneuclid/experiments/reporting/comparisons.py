@@ -4,6 +4,7 @@ All their numbers come from the curves that results.json holds.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from hf_noneuclid.experiments.common import InputError, markdown_table
@@ -21,7 +22,7 @@ def paper_section(settings: Mapping[str, Any], curves: Sequence[Curve]) -> str:
     Args:
         settings: The suite's ``report``: ``paper`` (mean and std of each method, in nats per token) and
             ``tolerance`` (nats per token, by default 0).
-        curves: Curves of all settings.
+        curves: The curves of all settings.
     """
     if not settings.get("paper"):
         return ""
@@ -31,10 +32,8 @@ def paper_section(settings: Mapping[str, Any], curves: Sequence[Curve]) -> str:
         f"{tolerance:g} nats per token. Fewer than {measures.ENOUGH_SEEDS} seeds at the best learning rate "
         "count as not run."
     )
-    tables = per_setting(
-        by_setting(curves), lambda members: _paper_table(settings["paper"], tolerance, members)
-    )
-    return f"## Comparison with the paper\n\n{text}\n\n{tables}"
+    table = partial(_paper_table, settings["paper"], tolerance)
+    return f"## Comparison with the paper\n\n{text}\n\n{per_setting(by_setting(curves), table)}"
 
 
 def _paper_table(paper: Mapping[str, Any], tolerance: float, curves: Sequence[Curve]) -> str:
@@ -106,15 +105,8 @@ def variants_section(curves: Sequence[Curve]) -> str:
         return ""
 
     def table(members: Sequence[Curve]) -> str:
-        head = (
-            "descent",
-            "product norm",
-            "vector norm",
-            "Momo",
-            "best loss",
-            "at",
-            "regret at the highest rate",
-        )
+        head = [name.replace("_", " ") for name in VARIANT_OPTIONS[:-1]] + ["Momo"]
+        head += ["best loss", "at", "regret at the highest rate"]
         rows = []
         for curve in sorted(members, key=lambda curve: curve.best_loss):
             best, last = curve.best, measures.regret(curve.losses, curve.best_place)[-1]

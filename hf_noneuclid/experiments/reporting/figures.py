@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_noneuclid.experiments.common import STYLE, series, write_whole
+from hf_noneuclid.experiments.reporting import panels
 from hf_noneuclid.experiments.reporting.comparisons import is_variant, variant_of
 from hf_noneuclid.experiments.reporting.curves import (
     Curve,
@@ -23,19 +24,6 @@ from hf_noneuclid.experiments.reporting.curves import (
 )
 from hf_noneuclid.experiments.reporting.measures import regret
 from hf_noneuclid.experiments.reporting.names import bound_order, option_words
-from hf_noneuclid.experiments.reporting.panels import (
-    ROW,
-    Look,
-    by_family,
-    grid,
-    handle,
-    label_outer,
-    loss_range,
-    mark_above,
-    method_look,
-    split,
-    title,
-)
 
 # Okabe and Ito's colours, grey for their yellow; eight colours and nine markers make 72 pairs.
 BOUND_COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F")
@@ -84,34 +72,37 @@ def final_loss(curves: Sequence[Curve]) -> Figure | None:
         return None
     if bounded := with_lower_bound(shown):
         look, looks = _bound_look(bounded)
-        parts = split(shown, lambda curve: curve.method)
-        handles = [handle(name, **line) for name, line in looks.items()]
+        parts = panels.split(shown, lambda curve: curve.method)
+        handles = [panels.handle(name, **line) for name, line in looks.items()]
     else:
-        look = method_look(curves)
-        parts = split(shown, lambda curve: ", ".join(option_words(curve.method_options)))
+        look = panels.method_look(curves)
+        parts = panels.split(shown, lambda curve: ", ".join(option_words(curve.method_options)))
         methods = {curve.method: curve for curve in shown}
-        handles = [handle(curve.method, **look(curve)) for curve in sorted(methods.values(), key=by_family)]
-    ranges = {name: loss_range(members) for name, members in by_setting(shown).items()}
+        handles = [
+            panels.handle(curve.method, **look(curve))
+            for curve in sorted(methods.values(), key=panels.by_family)
+        ]
+    ranges = {name: panels.loss_range(members) for name, members in by_setting(shown).items()}
     columns = -(-len(parts) // len(ranges)) if bounded and len(ranges) > 1 else 2 if len(parts) == 4 else 3
-    figure, panels = grid(len(parts), columns)
+    figure, grid_axes = panels.grid(len(parts), columns)
     gone = over = False
-    for axes, (name, members) in zip(panels, parts, strict=True):
+    for axes, (name, members) in zip(grid_axes, parts, strict=True):
         limits = ranges[members[0].setting]
         axes.set_ylim(*limits)
         rows = _loss_panel(axes, members, look, limits[1])
-        axes.set_title(name or " ", fontsize=8, pad=5 + ROW * rows)
+        axes.set_title(name or " ", fontsize=8, pad=5 + panels.ROW * rows)
         points = [point for curve in members for point in curve.points]
         gone |= any(point.diverged for point in points)
         over |= any(_is_above(point, limits[1]) for point in points)
-    label_outer(figure, panels, "learning rate", "final validation loss (nats)")
-    handles += [handle("a seed diverged", marker="x", **GREY)] * gone
-    handles += [handle("above the figure", marker="^", fillstyle="none", **GREY)] * over
+    panels.label_outer(figure, grid_axes, "learning rate", "final validation loss (nats)")
+    handles += [panels.handle("a seed diverged", marker="x", **GREY)] * gone
+    handles += [panels.handle("above the figure", marker="^", fillstyle="none", **GREY)] * over
     heading = "lower bound F*" if bounded else None
     figure.legend(handles=handles, loc="outside right upper", handlelength=3, title=heading)
     return figure
 
 
-def _bound_look(curves: Sequence[Curve]) -> tuple[Look, dict[str, dict[str, Any]]]:
+def _bound_look(curves: Sequence[Curve]) -> tuple[panels.Look, dict[str, dict[str, Any]]]:
     """A colour and a marker for each lower bound, the same in every panel."""
     ordered = sorted(curves, key=lambda curve: (bound_order(curve.method_options), curve.bound))
     names = dict.fromkeys(curve.bound for curve in ordered)
@@ -124,7 +115,7 @@ def _bound_look(curves: Sequence[Curve]) -> tuple[Look, dict[str, dict[str, Any]
     return look, looks
 
 
-def _loss_panel(axes: Axes, curves: Sequence[Curve], look: Look, top: float) -> int:
+def _loss_panel(axes: Axes, curves: Sequence[Curve], look: panels.Look, top: float) -> int:
     """Draws the curves of a panel; gives the number of rows of marks above its top edge."""
     axes.set_xscale("log")
     rows = 0
@@ -139,8 +130,8 @@ def _loss_panel(axes: Axes, curves: Sequence[Curve], look: Look, top: float) -> 
         over = [point.learning_rate for point in curve.points if _is_above(point, top)]
         if gone or over:
             marks = {"color": line["color"], "ms": 3.5, "ls": "none"}
-            mark_above(axes, gone, rows, marker="x", **marks)
-            mark_above(axes, over, rows, marker="^", fillstyle="none", **marks)
+            panels.mark_above(axes, gone, rows, marker="x", **marks)
+            panels.mark_above(axes, over, rows, marker="^", fillstyle="none", **marks)
             rows += 1
     return rows
 
@@ -160,11 +151,11 @@ def _is_above(point: Point, top: float) -> bool:
 
 def training(curves: Sequence[Curve]) -> Figure | None:
     """Training and evaluation loss of each method at its best learning rate, with a row for each setting."""
-    best = [sorted(best_of_each(members), key=by_family) for members in by_setting(curves).values()]
+    best = [sorted(best_of_each(members), key=panels.by_family) for members in by_setting(curves).values()]
     rows = [chosen for chosen in best if any(run.history for curve in chosen for run in _best_runs(curve))]
     if not rows:
         return None
-    look = method_look(curves)
+    look = panels.method_look(curves)
     labels = [
         [f"{curve.label} at {curve.rates[curve.best_place or 0]:g}".replace(", ", "\n") for curve in chosen]
         for chosen in rows
@@ -172,16 +163,16 @@ def training(curves: Sequence[Curve]) -> Figure | None:
     # The panels are as high as the legend beside them needs.
     heights = [max(2.3, 0.3 + 0.15 * sum(1 + name.count("\n") for name in names)) for names in labels]
     figure = Figure(figsize=(7.6, 0.4 + sum(heights)), layout="constrained")
-    panels = figure.subplots(len(rows), 2, sharex="row", sharey="row", squeeze=False)
-    for pair, chosen, names in zip(panels, rows, labels, strict=True):
+    grid_axes = figure.subplots(len(rows), 2, sharex="row", sharey="row", squeeze=False)
+    for pair, chosen, names in zip(grid_axes, rows, labels, strict=True):
         for axes, key, part in zip(pair, ("loss", "eval_loss"), ("training", "evaluation"), strict=True):
-            axes.set_title(title(part, chosen[0].setting), fontsize=8)
+            axes.set_title(panels.title(part, chosen[0].setting), fontsize=8)
             for curve in chosen:
                 line = look(curve) | ({"marker": ""} if key == "loss" else {})
                 axes.plot(*mean_series(_best_runs(curve), key), ms=3.5, **line)
-        handles = [handle(name, **look(curve)) for name, curve in zip(names, chosen, strict=True)]
+        handles = [panels.handle(name, **look(curve)) for name, curve in zip(names, chosen, strict=True)]
         pair[-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0), handlelength=3)
-    label_outer(figure, panels.flatten().tolist(), "step", "loss (nats)")
+    panels.label_outer(figure, grid_axes.flatten().tolist(), "step", "loss (nats)")
     return figure
 
 
@@ -201,11 +192,11 @@ def step_size(curves: Sequence[Curve]) -> Figure | None:
     columns = max(len(points) for _, points in rows)
     figure = Figure(figsize=(0.9 + 1.8 * columns, 0.5 + 1.5 * len(rows)), layout="constrained")
     sharex: Any = "row" if any(curve.setting for curve, _ in rows) else True
-    panels = figure.subplots(len(rows), columns, sharex=sharex, sharey=True, squeeze=False)
-    look = method_look(curves)
-    for row, (curve, points) in zip(panels, rows, strict=True):
+    grid_axes = figure.subplots(len(rows), columns, sharex=sharex, sharey=True, squeeze=False)
+    look = panels.method_look(curves)
+    for row, (curve, points) in zip(grid_axes, rows, strict=True):
         colour = look(curve)["color"]
-        words = title(curve.label, curve.setting).replace(", ", "\n")
+        words = panels.title(curve.label, curve.setting).replace(", ", "\n")
         row[0].set_ylabel(words, color=colour, fontsize=7)
         for axes in row[len(points) :]:
             axes.set_visible(False)
@@ -250,8 +241,8 @@ def heat_maps(curves: Sequence[Curve]) -> Figure | None:
     if not known:
         return None
     figure = Figure(figsize=(7.6, 0.2 + 3.4 * len(known)), layout="constrained")
-    panels = figure.subplots(len(known), 2, sharey=True, squeeze=False)
-    for (left, right), (name, members) in zip(panels, known.items(), strict=True):
+    grid_axes = figure.subplots(len(known), 2, sharey=True, squeeze=False)
+    for (left, right), (name, members) in zip(grid_axes, known.items(), strict=True):
         losses = {variant_of(curve): curve.best.loss if curve.best else None for curve in members}
         regrets = {variant_of(curve): regret(curve.losses, curve.best_place)[-1] for curve in members}
         regret_title = f"regret at learning rate {max(curve.rates[-1] for curve in members):g} (nats)"

@@ -35,13 +35,7 @@ CAPTIONS = {
 
 
 def markdown(summary: Numbers, curves: Sequence[Curve], figures: Sequence[str]) -> str:
-    """The whole report.
-
-    Args:
-        summary: The numbers that ``summary.summarise`` gives.
-        curves: The curves that it gives.
-        figures: Names of the PNG files beside the report.
-    """
+    """The whole report, from what ``summary.summarise`` gives and the names of the figures beside it."""
     texts = [
         _head(summary),
         *(f"![{Path(name).stem}]({name})\n\n{CAPTIONS[name]}" for name in figures),
@@ -74,8 +68,8 @@ def _head(summary: Numbers) -> str:
     lines.append(
         "Losses are in nats per token (of a classifier: per text), over the whole validation part at the end "
         "of training. ± is the sample standard deviation over seeds. A learning rate at which a seed "
-        "diverged counts as an infinite loss. The best is chosen among the learning rates with the most seeds; a "
-        "single seed at another learning rate may have a lower loss."
+        "diverged counts as an infinite loss. The best is chosen among the learning rates with the most "
+        "seeds; a single seed at another learning rate may have a lower loss."
     )
     if len(summary["settings"]) > 1:
         lines.append(

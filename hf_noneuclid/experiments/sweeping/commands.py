@@ -50,12 +50,7 @@ class Launch:
 
 
 def choose_launch(suite: Suite, processes: int | None, config: str | None) -> Launch:
-    """How runs are started: as the suite says, unless the command line says otherwise.
-
-    Args:
-        suite: The suite.
-        processes: Processes of a run, where the command line gives them.
-        config: File for ``accelerate launch``, where the command line gives it.
+    """How runs are started: as the suite says, unless the command line gives processes or a configuration.
 
     Raises:
         InputError: The accelerate configuration cannot be read.

@@ -67,13 +67,7 @@ class Cost:
 
 
 def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
-    """Prints the command and the cost of every run.
-
-    Args:
-        suite: The suite.
-        launch: How processes are started.
-        folder: The output folder.
-        flops: Assumed operations per second of a GPU.
+    """Prints the command and the cost of every run, on GPUs of so many operations per second.
 
     Raises:
         InputError: Something that the suite names does not exist.

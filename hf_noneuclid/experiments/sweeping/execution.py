@@ -49,13 +49,7 @@ class Executor:
     keep_models: bool = False
 
     def __call__(self, run: Run, stop: Event, slot: int = 0) -> Result | None:
-        """Does a run, or what is left of it; None if it was stopped.
-
-        Args:
-            run: The run.
-            stop: Ends the run once it is set.
-            slot: Number of the worker on this host, from 0.
-        """
+        """Does a run, or what is left of it, in a slot of this host; None if the event stopped it."""
         folder = run_folder(self.output_dir, run)
         folder.mkdir(parents=True, exist_ok=True)
         with log_of(folder).open("a", encoding="utf-8") as log:

@@ -21,7 +21,7 @@ from hf_noneuclid.experiments.sweeping.suite import Result, Run, State, Suite
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # the sweep reports failed runs itself
 
-HEARTBEAT, GRACE = 5, 20  # seconds; a worker that is silent for longer is dead
+HEARTBEAT, GRACE = 5, 30  # seconds; a worker that is silent for longer is dead
 ROWS = 100  # of the history in one attribute: some databases store at most 64 KiB of text
 
 

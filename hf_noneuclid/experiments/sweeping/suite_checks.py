@@ -21,10 +21,6 @@ FILES = ("train_files", "validation_files", "old_domain_files")
 def check_suite(suite: Suite, processes: int) -> None:
     """Checks every run of a suite before the first one starts.
 
-    Args:
-        suite: The suite.
-        processes: Processes of a run.
-
     Raises:
         InputError: A method, an option or a file is unknown, or a value is of the wrong type.
     """

@@ -31,9 +31,7 @@ class _NoLossError(Exception):
 class TrialQueue:
     """The queue of one study in one process; its threads may share it.
 
-    Args:
-        study: A study that holds a suite.
-        suite: The suite of the study.
+    Runs that were interrupted return to it; runs that failed do not, unless the user asks for it.
     """
 
     def __init__(self, study: optuna.Study, suite: Suite) -> None:
@@ -142,11 +140,11 @@ def run_worker(
     """Works until every run of the suite has ended, here or on another host.
 
     Args:
-        queue: The queue.
+        queue: Gives the runs.
         execute: Does a run.
         stop: Once it is set, the run in hand is stopped and returns to the queue.
         slot: Number of this worker on this host, from 0.
-        ended: Is called with the outcome of every attempt.
+        ended: Is called with the outcome of every run.
         poll: Seconds between looks at an empty queue.
 
     Raises:
