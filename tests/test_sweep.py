@@ -464,7 +464,7 @@ def call(folder, text_file, *flags):
     return subprocess.Popen(command, cwd=folder, env=variables, **pipes)
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=150):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
