@@ -2,30 +2,20 @@
 
 import json
 import math
-from dataclasses import replace
-from pathlib import Path
+import shutil
+from dataclasses import asdict, replace
 
 import optuna
 import pytest
 
 from hf_noneuclid.experiments import report
-from hf_noneuclid.experiments.common import InputError
-from hf_noneuclid.experiments.reporting import (
-    comparison_figures,
-    comparisons,
-    curves,
-    figures,
-    measures,
-    panels,
-)
-from hf_noneuclid.experiments.reporting.bounds import bound_name, bound_order
-from hf_noneuclid.experiments.reporting.report_text import markdown
-from hf_noneuclid.experiments.reporting.settings import setting_names
+from hf_noneuclid.experiments.common import InputError, recipes_folder
+from hf_noneuclid.experiments.reporting import comparisons, curves, figures, measures, panels
+from hf_noneuclid.experiments.reporting.names import bound_name, bound_order, setting_names
 from hf_noneuclid.experiments.reporting.summary import summarise
-from hf_noneuclid.experiments.sweeping.study import Result, default_storage, open_study
-from hf_noneuclid.experiments.sweeping.suite import Suite
-
-RECIPES = Path(__file__).parents[1] / "recipes"
+from hf_noneuclid.experiments.reporting.text import markdown
+from hf_noneuclid.experiments.sweeping.study import default_storage, open_study
+from hf_noneuclid.experiments.sweeping.suite import Result, Suite
 
 INF = math.inf
 RATES = [1e-3, 1e-2, 1e-1, 1.0]
@@ -104,6 +94,15 @@ def only(summary):
     return setting
 
 
+def table_of(text, section, setting=None, skip=0):
+    """The rows of a table of a section, each as a dictionary."""
+    part = text.split(f"## {section}")[1].split("\n## ")[0]
+    part = part.split(f"### {setting}\n")[1].split("\n### ")[0] if setting else part
+    tables = [block for block in map(str.strip, part.split("\n\n")) if block.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in tables[skip].splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
 @pytest.fixture
 def pair():
     """muon with and without Momo, three seeds, all ended."""
@@ -159,12 +158,13 @@ def test_the_basin_of_every_method_is_measured_from_the_best_of_all():
 
 
 def test_the_gain_by_momo_is_the_difference_of_the_basins(pair):
-    summary, _ = summarise(*pair)
+    summary, found = summarise(*pair)
     widths = [row["basins"]["5%"]["decades"] for row in only(summary)["curves"]]
-    (gain,) = only(summary)["momo_gains"]
-    assert gain["label"] == "muon_momo"
-    assert gain["gains"]["5%"]["decades"] == pytest.approx(widths[1] - widths[0])
     assert widths[1] > widths[0]
+    (gain,) = table_of(markdown(summary, found, []), "Robustness", skip=1)
+    assert gain["with Momo"] == "muon_momo"
+    cut_off = "≥ " * only(summary)["curves"][1]["basins"]["5%"]["at_least"]
+    assert gain["gain in width, 5% (decades)"] == f"{cut_off}{widths[1] - widths[0]:+.2f}"
 
 
 # ---------------------------------------------------------------- regret and robustness
@@ -289,22 +289,23 @@ def test_without_a_target_it_is_one_that_all_methods_reach(pair):
     ],
 )
 def test_verdicts(losses, tolerance, expected):
-    assert measures.verdict(losses, mean=3.51, std=0.01, tolerance=tolerance)["verdict"] == expected
+    assert measures.verdict(losses, mean=3.51, std=0.01, tolerance=tolerance).word == expected
 
 
 def test_two_standard_deviations_are_allowed_and_no_more():
     # The deviations 0.01 and 0.01 make 2 √2 · 0.01 = 0.0283.
-    assert measures.verdict([3.50, 3.51, 3.52], 3.51 + 0.0282, 0.01)["verdict"] == "reproduced"
-    assert measures.verdict([3.50, 3.51, 3.52], 3.51 + 0.0284, 0.01)["verdict"] == "not reproduced"
+    assert measures.verdict([3.50, 3.51, 3.52], 3.51 + 0.0282, 0.01).word == "reproduced"
+    assert measures.verdict([3.50, 3.51, 3.52], 3.51 + 0.0284, 0.01).word == "not reproduced"
 
 
 def test_the_paper_stands_beside_ours(pair, tmp_path):
     paper = {"muon": {"mean": 4.01, "std": 0.001}, "muon_momo": {"mean": 3.5, "std": 0.001}}
     settings = {"paper": {**paper, "muonmax": {"mean": 3.0, "std": 0.0}}, "tolerance": 0.002}
     suite = make_suite(*pair[0].grid, seeds=(0, 1, 2), settings=settings)
-    found, text = written(suite, pair[1], tmp_path)
-    assert [row["verdict"] for row in only(found)["paper"]] == ["reproduced", "not reproduced", "not run"]
-    assert only(found)["paper"][1]["difference"] == pytest.approx(0.51)
+    _, text = written(suite, pair[1], tmp_path)
+    rows = table_of(text, "Comparison with the paper")
+    assert [row["verdict"] for row in rows] == ["**reproduced**", "**not reproduced**", "**not run**"]
+    assert [row["difference"] for row in rows] == ["+0.0000", "+0.5100", "-"]
     assert (
         "| muon | 4.0100 ± 0.0100 | 3 | 0.01 | 4.0100 ± 0.0010 | +0.0000 | 0.0221 | **reproduced** |" in text
     )
@@ -337,19 +338,18 @@ def variants_suite():
 
 def test_all_36_variants_are_in_the_heat_map(variants_suite, tmp_path):
     results = all_ended(variants_suite, lambda run: bowl(run) + 0.5 * run.method_options["momo"])
-    found, text = written(variants_suite, results, tmp_path)
-    rows = only(found)["variants"]
+    _, text = written(variants_suite, results, tmp_path)
+    rows = table_of(text, "The 36 variants")
     assert len(rows) == 36
-    assert all(row["diverged_at_highest"] for row in rows)
-    assert {(row["loss"], row["momo"]) for row in rows} == {(4.0, "false"), (4.5, "true")}
-    assert "The 36 variants" in text
+    assert {row["regret at the highest rate"] for row in rows} == {"diverged"}
+    assert {(row["best loss"], row["Momo"]) for row in rows} == {("4.0000", "false"), ("4.5000", "true")}
     assert (tmp_path / "variants.png").read_bytes().startswith(PNG)
 
 
 def test_a_heat_map_has_gaps_where_runs_are_missing(variants_suite, tmp_path):
     results = all_ended(variants_suite, bowl)[:10]
-    found, _ = written(variants_suite, results, tmp_path)
-    assert sum(row["loss"] is None for row in only(found)["variants"]) == 32
+    _, text = written(variants_suite, results, tmp_path)
+    assert sum(row["best loss"] == "-" for row in table_of(text, "The 36 variants")) == 32
     assert (tmp_path / "variants.png").is_file()
 
 
@@ -366,14 +366,17 @@ def test_lower_bounds_stand_side_by_side_at_the_same_learning_rates(tmp_path):
     suite = make_suite(*blocks)
     cost = {0.0: 0.4, 2.0: 0.2, "auto": 0.0}
     results = all_ended(suite, lambda run: bowl(run) + cost[run.method_options["loss_lower_bound"]])
-    found, text = written(suite, results, tmp_path)
-    rows = only(found)["lower_bound"]["bounds"]
-    assert [row["bound"] for row in rows] == ["0", "2", "auto 0.5", "auto 0.7"]
-    assert [row["at"]["1"]["excess"] for row in rows] == pytest.approx([0.1, 0.05, 0.0, 0.0])
-    assert [row["at"]["30"]["learning_rate"] for row in rows] == [0.3] * 4
-    assert rows[0]["at"]["10"]["loss"] == pytest.approx(4.5)
+    _, text = written(suite, results, tmp_path)
+    rows = table_of(text, "Which lower bound")
+    assert [row["F*"] for row in rows] == ["0", "2", "auto 0.5", "auto 0.7"]
+    at_best = [row["at the best learning rate"] for row in rows]
+    assert at_best == ["4.4000 (+10.00 %)", "4.2000 (+5.00 %)", "4.0000 (+0.00 %)", "4.0000 (+0.00 %)"]
+    at_30 = 4 + 0.1 * (math.log10(0.3) + 2) ** 2  # the rate of the grid nearest to 30 times 0.01
+    assert [row["at 30 times it"].split()[0] for row in rows] == [
+        f"{at_30 + x:.4f}" for x in (0.4, 0.2, 0, 0)
+    ]
     assert "| muon_momo | 0 | 4.4000 (+10.00 %) at 0.01 | 4.4000 (+10.00 %) | 4.5000 (+12.50 %) |" in text
-    assert (tmp_path / "lower_bound.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "final_loss.png").read_bytes().startswith(PNG)
 
 
 def test_batch_sizes(tmp_path):
@@ -391,12 +394,15 @@ def test_batch_sizes(tmp_path):
         return 4 + abs(math.log10(run.learning_rate) + (1 if large else 2))
 
     suite = make_suite(*blocks)
-    found, text = written(suite, all_ended(suite, loss), tmp_path)
-    rows = [(row["method"], row["batch_size"], row["learning_rate"]) for row in found["batch_size"]]
-    assert rows == [("muon", 8, 0.01), ("muon", 32, 0.1), ("scion", 8, 0.01), ("scion", 32, 0.1)]
-    assert "| muon | 32 | 10 | 0.1 | 4.0000 ± - | 1 |" in text
+    _, text = written(suite, all_ended(suite, loss), tmp_path)
+    for size, steps, best in ((8, 40, "0.01"), (32, 10, "0.1")):
+        rows = table_of(text, "Best final loss", f"batch_size={size}, max_steps={steps}")
+        assert [(row["method"], row["best final loss"]) for row in rows] == [
+            ("muon", "4.0000 ± -"),
+            ("scion", "4.0000 ± -"),
+        ]
+        assert {row["learning rate"] for row in rows} == {best}
     assert text.count("### batch_size=8, max_steps=40\n") == 5
-    assert (tmp_path / "batch_size.png").read_bytes().startswith(PNG)
 
 
 # ---------------------------------------------------------------- settings
@@ -456,26 +462,25 @@ def test_the_target_of_a_setting_is_one_that_its_methods_reach(two_sizes):
 
 
 def test_lower_bounds_are_compared_in_their_setting(two_sizes):
-    summary, _ = summarise(two_sizes, all_ended(two_sizes, by_size))
-    for setting, best, rate in zip(summary["settings"], (6.0, 4.0), (0.01, 0.1), strict=True):
-        muon, muonmax = setting["lower_bound"]["methods"]
-        assert (muon["learning_rate"], muon["loss"], muon["excess"]) == (rate, pytest.approx(best), 0)
-        assert muonmax["excess"] == pytest.approx(0.2 / best)  # over the best of any method
-        rows = setting["lower_bound"]["bounds"]
-        assert [(row["method"], row["bound"]) for row in rows] == [
+    text = markdown(*summarise(two_sizes, all_ended(two_sizes, by_size)), [])
+    for name, best, rate in zip((SMALL, LARGE), (6.0, 4.0), ("0.01", "0.1"), strict=True):
+        over_any = f"muonmax_momo {best + 0.2:.4f} at {rate}, {20 / best:+.2f} % over the best of any method"
+        assert f"Best under any bound: muon_momo {best:.4f} at {rate}; {over_any}." in text
+        rows = table_of(text, "Which lower bound", name)
+        assert [(row["method"], row["F*"]) for row in rows] == [
             ("muon_momo", "0"),
             ("muon_momo", "star"),
             ("muonmax_momo", "0"),
             ("muonmax_momo", "star"),
         ]
-        assert {row["at"]["1"]["learning_rate"] for row in rows} == {rate}
-        excess = [row["at"]["1"]["excess"] for row in rows]  # over the best of the same method
-        assert excess == pytest.approx([0.4 / best, 0.0, 0.4 / (best + 0.2), 0.0])
+        assert {row["own best"].rpartition(" at ")[2] for row in rows} == {rate}
+        excess = [row["at the best learning rate"].partition(" (")[2] for row in rows]  # of the same method
+        expected = [40 / best, 0.0, 40 / (best + 0.2), 0.0]
+        assert excess == [f"{value:+.2f} %)" for value in expected]
 
 
 def test_every_setting_has_a_heading_and_a_table(two_sizes):
-    summary, _ = summarise(two_sizes, all_ended(two_sizes, by_size))
-    text = markdown(summary, figures=[])
+    text = markdown(*summarise(two_sizes, all_ended(two_sizes, by_size)), figures=[])
     for section in ("Best final loss", "Robustness to the learning rate", "Which lower bound"):
         part = text.split(f"## {section}\n")[1].split("\n## ")[0]
         headings = [line for line in part.splitlines() if line.startswith("### ")]
@@ -519,7 +524,6 @@ def test_a_curve_without_an_ended_run_has_no_basin(pair, tmp_path):
     suite, results = pair
     found, text = written(suite, [r for r in results if r.run.method == "muon"], tmp_path)
     assert only(found)["curves"][1]["basins"]["5%"]["decades"] is None
-    assert only(found)["momo_gains"][0]["gains"]["5%"]["decades"] is None
     assert "| muon_momo | - | - | - | - | - |" in text
     assert "| muon_momo | - | - |\n" in text
 
@@ -546,12 +550,11 @@ def test_bounds_are_written_shortly_and_numbers_come_first():
 
 def test_each_method_and_setting_has_a_panel(two_sizes):
     suite_curves = curves.build_curves(two_sizes.runs(), all_ended(two_sizes, by_size))
-    for draw in (figures.final_loss, comparison_figures.against_lower_bound):
-        drawn = draw(suite_curves).axes
-        assert [axes.get_title() for axes in drawn] == [
-            f"{method}\n{size}" for size in (SMALL, LARGE) for method in ("muon_momo", "muonmax_momo")
-        ]
-        assert drawn[0].get_ylim() == drawn[1].get_ylim() != drawn[2].get_ylim()
+    drawn = figures.final_loss(suite_curves).axes
+    assert [axes.get_title() for axes in drawn] == [
+        f"{method}\n{size}" for size in (SMALL, LARGE) for method in ("muon_momo", "muonmax_momo")
+    ]
+    assert drawn[0].get_ylim() == drawn[1].get_ylim() != drawn[2].get_ylim()
 
 
 def test_a_figure_near_zero_shows_most_losses():
@@ -570,7 +573,7 @@ def test_a_report_of_several_settings_made_twice_is_the_same_to_the_byte(two_siz
     for name in ("first", "second"):
         report.report(two_sizes, all_ended(two_sizes, by_size), tmp_path / name)
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert "lower_bound.png" in names
+    assert "final_loss.png" in names
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
@@ -641,11 +644,12 @@ def test_colours_belong_to_methods_not_to_places():
     def curve(method):
         return curves.Curve(method, {}, {}, ())
 
-    few = panels.looks([curve("muon_momo")])
-    many = panels.looks([curve("scion"), curve("muon"), curve("lion"), curve("muonmax")])
-    assert few["muon"] == many["muon"]
-    assert few["muonmax"] == many["muonmax"]
-    assert len({many[name] for name in ("muon", "muonmax", "scion", "lion")}) == 4
+    few = panels.method_look([curve("muon_momo")])
+    many = panels.method_look([curve("scion"), curve("muon"), curve("lion"), curve("muonmax")])
+    for method in ("muon", "muonmax"):
+        assert few(curve(method)) == many(curve(method))
+    looks = [many(curve(method)) for method in ("muon", "muonmax", "scion", "lion")]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 4
     assert curve("muon_momo").family == curve("momo_muon").family == "muon"
 
 
@@ -655,7 +659,7 @@ def test_colours_belong_to_methods_not_to_places():
 def store(folder, suite, results):
     """Write a study as the sweep does."""
     study = open_study(default_storage(folder), suite.name, suite=suite)
-    study.set_user_attr("suite", suite.to_dict())
+    study.set_user_attr("suite", asdict(suite))
     for result in results:
         attributes = {
             "run": result.run.key,
@@ -678,11 +682,35 @@ def test_the_command_reads_the_study_of_a_folder(pair, tmp_path, capsys):
     assert stored["ran"]["missing"] == 0
 
 
-def test_a_folder_without_a_study_is_an_error(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["study", "results"])
+def test_a_folder_without_a_study_is_an_error(tmp_path, capsys, kind):
     with pytest.raises(SystemExit) as stopped:
-        report.main(["--study", str(tmp_path / "nothing")])
+        report.main([f"--{kind}", str(tmp_path / "nothing")])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("report.py: error: ")
+    assert capsys.readouterr().err.startswith("noneuclid report: error: ")
+
+
+def test_a_report_is_written_again_from_its_results(two_sizes, tmp_path, capsys):
+    report.report(two_sizes, all_ended(two_sizes, by_size), tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "again")
+    (tmp_path / "again" / "report.md").unlink()
+    (tmp_path / "again" / "final_loss.png").unlink()
+    report.main(["--results", str(tmp_path / "again")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "again" / "report.md")
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert "training.png" in names
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((recipes_folder() / "results").glob("*/")), ids=lambda path: path.name
+)
+def test_the_committed_reports_are_what_their_results_give(folder, tmp_path):
+    again = shutil.copytree(folder, tmp_path / folder.name)
+    report.main(["--results", str(again)])
+    for name in ("report.md", "results.json"):
+        assert (again / name).read_text(encoding="utf-8") == (folder / name).read_text(encoding="utf-8")
 
 
 def test_an_output_folder_that_cannot_be_made_is_an_error(pair, tmp_path):
@@ -696,6 +724,7 @@ def test_a_method_option_in_the_paper_suite_picks_the_best_curve():
     suite = make_suite(block, seeds=(0, 1, 2))
     results = [ended(run, 4.0 if run.method_options["eps"] == 1e-6 else 5.0) for run in suite.runs()]
     found = curves.build_curves(suite.runs(), results)
-    (row,) = comparisons.paper({"paper": {"muon": {"mean": 4.0, "std": 0.01}}}, found)
-    assert row["loss"] == 4.0
-    assert row["verdict"] == "reproduced"
+    text = comparisons.paper_section({"paper": {"muon": {"mean": 4.0, "std": 0.01}}}, found)
+    (row,) = table_of(text, "Comparison with the paper")
+    assert row["ours"] == "4.0000 ± 0.0000"
+    assert row["verdict"] == "**reproduced**"

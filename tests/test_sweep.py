@@ -4,31 +4,30 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import optuna
-import pretrain
 import psutil
 import pytest
 import yaml
 
 from hf_noneuclid.experiments import sweep
 from hf_noneuclid.experiments.common import ExitCode, InputError
-from hf_noneuclid.experiments.sweeping import execution, trial_queue
-from hf_noneuclid.experiments.sweeping.execution import Executor, Launch
-from hf_noneuclid.experiments.sweeping.study import open_study, parameters, results, suite_of
-from hf_noneuclid.experiments.sweeping.suite import load_suite
-from hf_noneuclid.experiments.sweeping.sweep_folder import can_resume, check_folder, run_folder
-from hf_noneuclid.experiments.sweeping.trial_queue import Outcome, TrialQueue
-from hf_noneuclid.experiments.sweeping.worker import run_worker
+from hf_noneuclid.experiments.sweeping import execution
+from hf_noneuclid.experiments.sweeping.commands import Launch
+from hf_noneuclid.experiments.sweeping.execution import Executor, can_resume, check_folder, run_folder
+from hf_noneuclid.experiments.sweeping.study import open_study, results, suite_of
+from hf_noneuclid.experiments.sweeping.suite import Result, load_suite
+from hf_noneuclid.experiments.sweeping.trial_queue import TrialQueue, run_worker
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
 
 TINY = {
     "about": "As small as it gets.",
@@ -64,7 +63,7 @@ def suite(tmp_path):
 
 @pytest.fixture
 def study(tmp_path, suite):
-    return stored(tmp_path / "study.log", suite)
+    return stored(tmp_path / "study.db", suite)
 
 
 def write(folder, **changes):
@@ -75,17 +74,17 @@ def write(folder, **changes):
 
 def stored(storage, suite):
     study = open_study(storage, suite.name, suite=suite)
-    study.set_user_attr("suite", suite.to_dict())
+    study.set_user_attr("suite", asdict(suite))
     return study
 
 
-def succeed(run, watch, slot):
-    return Outcome("done", loss=run.learning_rate + run.seed, seconds=1.0)
+def succeed(run, stop, slot):
+    return Result(run, "done", loss=run.learning_rate + run.seed, seconds=1.0)
 
 
 def work(study, execute, **options):
     queue = TrialQueue(study, suite_of(study))
-    run_worker(queue, execute, stop=options.pop("stop", threading.Event()), poll=0.01, **options)
+    run_worker(queue, execute, stop=options.pop("stop", threading.Event()), poll=0.2, **options)
 
 
 def states(study):
@@ -99,10 +98,9 @@ def count(trials, *states):
 # ---------------------------------------------------------------- the queue
 
 
-@pytest.mark.parametrize("storage", ["study.log", "study.db"])
-def test_every_run_is_done_once(tmp_path, suite, storage):
-    study, done = stored(tmp_path / storage, suite), []
-    work(study, lambda run, watch, slot: done.append(run) or succeed(run, watch, slot))
+def test_every_run_is_done_once(study, suite):
+    done = []
+    work(study, lambda run, stop, slot: done.append(run) or succeed(run, stop, slot))
     assert done == suite.runs()
     work(study, lambda *_: pytest.fail("a run was repeated"))
     assert [result.run for result in results(study)] == suite.runs()
@@ -111,8 +109,8 @@ def test_every_run_is_done_once(tmp_path, suite, storage):
 
 def test_further_seeds_are_run_after_the_first(tmp_path):
     suite = load_suite(write(tmp_path, more_seeds={"seeds": [1], "within_decades": 1}))
-    study, done = stored(tmp_path / "study.log", suite), []
-    work(study, lambda run, watch, slot: done.append(run) or succeed(run, watch, slot))
+    study, done = stored(tmp_path / "study.db", suite), []
+    work(study, lambda run, stop, slot: done.append(run) or succeed(run, stop, slot))
     assert done[:6] == suite.runs()
     assert {(run.learning_rate, run.seed) for run in done[6:]} == {(1e-3, 1), (1e-2, 1)}
     assert len(done) == 10
@@ -120,8 +118,8 @@ def test_further_seeds_are_run_after_the_first(tmp_path):
 
 def test_an_outcome_comes_back_as_it_was(study):
     history = [{"step": i, "loss": 1.0 / (i + 1)} for i in range(250)] + [{"step": 250, "loss": None}]
-    outcome = Outcome("done", loss=2.5, seconds=7.0, metrics={"steps": 250}, history=history)
-    work(study, lambda *_: outcome)
+    outcome = {"loss": 2.5, "seconds": 7.0, "metrics": {"steps": 250}, "history": history}
+    work(study, lambda run, *_: Result(run, "done", **outcome))
     result = results(study)[0]
     assert (result.loss, result.seconds, result.metrics) == (2.5, 7.0, {"steps": 250})
     assert result.history[:250] == history[:250]
@@ -129,69 +127,69 @@ def test_an_outcome_comes_back_as_it_was(study):
 
 
 def test_a_diverged_run_is_a_result(study):
-    work(study, lambda *_: Outcome("diverged", diverged_at=12))
+    work(study, lambda run, *_: Result(run, "diverged", diverged_at=12))
     assert states(study) == ["diverged"] * 6
     assert {(result.loss, result.diverged_at) for result in results(study)} == {(None, 12)}
     work(study, lambda *_: pytest.fail("a diverged run was repeated"))
 
 
-def test_a_failed_run_is_tried_twice_and_again_if_the_user_says_so(study, suite):
+def test_a_failed_run_is_tried_again_if_the_user_says_so(study, suite):
     bad, tried = suite.runs()[2], []
 
-    def fail_once_more(run, watch, slot):
+    def fail_once(run, stop, slot):
         tried.append(run)
-        return Outcome("failed", metrics={"reason": "boom"}) if run == bad else succeed(run, watch, slot)
+        reason = {"reason": "boom"}
+        return Result(run, "failed", metrics=reason) if run == bad else succeed(run, stop, slot)
 
-    work(study, fail_once_more)
-    assert tried.count(bad) == 2
-    assert len(tried) == 7
+    work(study, fail_once)
+    assert tried == suite.runs()
     failed = results(study)[2]
     assert (failed.state, failed.loss, failed.metrics["reason"]) == ("failed", None, "boom")
-    work(study, lambda *_: pytest.fail("a run that was given up was tried"))
+    work(study, lambda *_: pytest.fail("a run that failed was tried"))
+    TrialQueue(study, suite).retry_failed()
+    assert results(study)[2].state == "waiting"
+    work(study, fail_once)
+    assert results(study)[2].state == "failed"
     TrialQueue(study, suite).retry_failed()
     work(study, succeed)
     assert states(study) == ["done"] * 6
 
 
-def test_refused_input_is_not_tried_again_but_for_the_first_run_it_ends_the_sweep(study, suite):
-    refused = Outcome("refused", metrics={"reason": "error: no such file"})
+def test_refused_input_fails_a_run_but_as_the_first_run_it_ends_the_sweep(study, suite):
+    def refuse(run, stop, slot):
+        return Result(run, "refused", metrics={"reason": "error: no such file"})
+
     with pytest.raises(InputError, match="no such file"):
-        work(study, lambda *_: refused)
+        work(study, refuse)
     assert set(states(study)) == {"waiting"}, "the user will mend it"
     bad, tried = suite.runs()[3], []
-    work(study, lambda run, *_: tried.append(run) or (refused if run == bad else succeed(run, *_)))
+    work(study, lambda run, *_: tried.append(run) or (refuse if run == bad else succeed)(run, *_))
     assert tried.count(bad) == 1
     assert states(study).count("failed") == 1
 
 
 def test_of_two_trials_of_a_run_the_lower_number_wins(study, suite):
-    first, second = TrialQueue(study, suite), TrialQueue(study, suite)
-    first.refill()
+    queue, done = TrialQueue(study, suite), []
+    queue.refill()
     for run in suite.runs():
-        study.enqueue_trial(parameters(run), user_attrs={"run": run.key})
-    claimed = [queue.claim() for _ in range(4) for queue in (first, second)]
-    runs = [claim.run for claim in claimed if claim is not None]
-    assert runs == suite.runs()
+        queue._enqueue(run)  # another worker did not know of them
+    work(study, lambda run, *_: done.append(run) or succeed(run, *_))
+    assert done == suite.runs()
     assert count(study.get_trials(), optuna.trial.TrialState.PRUNED) == 6
 
 
 def test_an_interrupted_run_goes_back_to_the_queue(study):
-    stop = threading.Event()
-
-    def interrupted(run, watch, slot):
-        assert watch(None)
+    def interrupted(run, stop, slot):
         stop.set()
-        assert not watch(None)
-        return Outcome("interrupted")
 
-    work(study, interrupted, stop=stop)
+    work(study, interrupted)
     assert set(states(study)) == {"waiting"}
     work(study, succeed)
     assert states(study) == ["done"] * 6
 
 
 def test_an_exception_gives_the_run_back(study):
-    def breaks(run, watch, slot):
+    def breaks(run, stop, slot):
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):
@@ -200,64 +198,72 @@ def test_an_exception_gives_the_run_back(study):
     assert states(study) == ["done"] * 6
 
 
-def test_a_worker_of_another_host_that_is_silent_is_dead(study, suite, monkeypatch):
-    monkeypatch.setattr(trial_queue.socket, "gethostname", lambda: "elsewhere")
-    lost = TrialQueue(study, suite).claim()
-    monkeypatch.undo()
-    here = TrialQueue(study, suite, stale=0.2)
-    here.take_up()
-    assert results(study)[0].state == "running", "silence is measured, not read off another host's clock"
-    time.sleep(0.1)
-    lost.trial.set_user_attr("heartbeat", 0.0)
-    time.sleep(0.15)
-    here.take_up()
-    assert results(study)[0].state == "running"
-    time.sleep(0.25)
-    here.take_up()
-    assert results(study)[0].state == "waiting"
-
-
-def test_what_was_taken_away_is_neither_renewed_nor_stored(study, suite):
+def test_what_was_taken_away_is_not_stored(study, suite):
     queue = TrialQueue(study, suite)
-    claim = queue.claim()
-    study.tell(claim.trial.number, state=optuna.trial.TrialState.FAIL)
-    assert not queue.renew(claim)
-    queue.finish(claim, Outcome("done", loss=1.0))
+    queue.refill()
+
+    def lose(run, stop, slot):
+        (trial,) = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        return succeed(run, stop, slot)
+
+    queue.attempt(lose, threading.Event(), 0)
     assert results(study)[0].state == "waiting"
 
 
-def _claim_and_die(storage, name):
+def _take_and_die(storage, name):
+    def die(*_):
+        time.sleep(1)  # for the first sign of life
+        os._exit(9)
+
     study = open_study(storage, name)
-    TrialQueue(study, suite_of(study)).claim()
-    os._exit(9)
+    run_worker(TrialQueue(study, suite_of(study)), die, stop=threading.Event())
 
 
-def test_a_dead_process_of_this_host_is_noticed_at_once(tmp_path, study, suite):
-    process = multiprocessing.get_context("spawn").Process(
-        target=_claim_and_die, args=(str(tmp_path / "study.log"), suite.name)
-    )
+def test_a_dead_worker_is_noticed_by_its_silence(tmp_path, suite, monkeypatch):
+    monkeypatch.setattr("hf_noneuclid.experiments.sweeping.study.HEARTBEAT", 1)
+    monkeypatch.setattr("hf_noneuclid.experiments.sweeping.study.GRACE", 3)
+    study, storage = stored(tmp_path / "study.db", suite), str(tmp_path / "study.db")
+    process = multiprocessing.get_context("spawn").Process(target=_take_and_die, args=(storage, suite.name))
     process.start()
     process.join()
+    assert process.exitcode == 9
     assert results(study)[0].state == "running"
     work(study, succeed)
+    assert states(study) == ["done"] * 6
+
+
+def test_a_worker_that_is_slow_is_not_taken_for_dead(tmp_path, suite, monkeypatch):
+    monkeypatch.setattr("hf_noneuclid.experiments.sweeping.study.HEARTBEAT", 1)
+    monkeypatch.setattr("hf_noneuclid.experiments.sweeping.study.GRACE", 2)
+    study = stored(tmp_path / "study.db", suite)
+
+    def slow(run, stop, slot):
+        if run == suite.runs()[0]:
+            time.sleep(4)
+            assert TrialQueue(study, suite).busy()
+            assert results(study)[0].state == "running"
+        return succeed(run, stop, slot)
+
+    work(study, slow)
     assert states(study) == ["done"] * 6
 
 
 def _work_in_turn(storage, name, log, barrier):
     study = open_study(storage, name)
 
-    def note(run, watch, slot):
+    def note(run, stop, slot):
         with open(log, "a", encoding="utf-8") as stream:
             stream.write(run.key + "\n")
         time.sleep(0.01)
-        return succeed(run, watch, slot)
+        return succeed(run, stop, slot)
 
     barrier.wait()
     work(study, note)
 
 
-@pytest.mark.parametrize("storage", ["study.log", "study.db"])
-def test_two_processes_that_start_at_the_same_moment_share_the_runs(tmp_path, storage):
+def test_two_processes_that_start_at_the_same_moment_share_the_runs(tmp_path):
+    storage = "study.db"
     grid = [{"method": ["muon", "scion"], "learning_rate": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}]
     suite = load_suite(write(tmp_path, grid=grid, more_seeds={"seeds": [1], "within_decades": 1}))
     stored(tmp_path / storage, suite)
@@ -278,21 +284,12 @@ def test_two_processes_that_start_at_the_same_moment_share_the_runs(tmp_path, st
 # ---------------------------------------------------------------- studies
 
 
-def test_a_line_cut_off_by_a_full_disk_does_not_spoil_the_study(tmp_path, study, suite):
-    work(study, succeed)
-    with (tmp_path / "study.log").open("a") as stream:
-        stream.write('{"op_code": 8, "trial_i')
-    again = open_study(tmp_path / "study.log", suite.name, suite=suite)
-    again.set_user_attr("note", "written after it")
-    assert states(open_study(tmp_path / "study.log")) == ["done"] * 6
-
-
 def test_a_study_that_is_not_there_is_an_error(tmp_path, study):
-    with pytest.raises(InputError, match=r"run sweep\.py first"):
-        open_study(tmp_path / "other.log")
-    assert not (tmp_path / "other.log").exists()
-    with pytest.raises(InputError, match="no study maxi; name one of: tiny"):
-        open_study(tmp_path / "study.log", "maxi")
+    with pytest.raises(InputError, match="run noneuclid sweep first"):
+        open_study(tmp_path / "other.db")
+    assert not (tmp_path / "other.db").exists()
+    with pytest.raises(InputError, match="no study maxi; give --study_name: tiny"):
+        open_study(tmp_path / "study.db", "maxi")
 
 
 def test_a_storage_that_cannot_be_reached_is_an_error_without_the_password(tmp_path, suite):
@@ -307,12 +304,12 @@ def test_a_storage_that_cannot_be_reached_is_an_error_without_the_password(tmp_p
 def test_another_suite_is_refused_with_the_difference(tmp_path, study, suite):
     other = replace(suite, options={**suite.options, "max_steps": 9}, about="Changed.")
     with pytest.raises(InputError) as caught:
-        sweep.check_same(suite, other, "study.log")
+        sweep.check_same(suite, other, "study.db")
     message = str(caught.value)
     assert "-  max_steps: 2\n+  max_steps: 9" in message
     assert "--output_dir" in message
     assert "Changed" not in message
-    sweep.check_same(suite, replace(suite, about="Changed.", report={"x": 1}), "study.log")
+    sweep.check_same(suite, replace(suite, about="Changed.", report={"x": 1}), "study.db")
 
 
 # ---------------------------------------------------------------- the processes of a run
@@ -332,9 +329,9 @@ metrics = {"eval_loss": 1.5, "diverged": False}
 """
 
 
-def execute(tmp_path, suite, watch=lambda process: True, **options):
+def execute(tmp_path, suite, stop=None, **options):
     executor = Executor(suite, tmp_path / "out", Launch(), "this study", **options)
-    return executor(suite.runs()[0], watch), run_folder(tmp_path / "out", suite.runs()[0])
+    return executor(suite.runs()[0], stop or threading.Event()), run_folder(tmp_path / "out", suite.runs()[0])
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -395,13 +392,6 @@ def test_a_full_disk_ends_the_sweep_and_fails_no_run(tmp_path, study, suite, mon
     assert set(states(study)) == {"waiting"}
 
 
-def test_the_first_bad_step_of_a_history():
-    rows = [{"step": 5, "loss": 3.0}, {"step": 5, "eval_loss": 2.9}, {"step": 10, "loss": math.nan}]
-    assert pretrain.first_bad_step(rows[:2]) is None
-    assert pretrain.first_bad_step([*rows, {"step": 15, "loss": math.inf}]) == 10
-    assert pretrain.first_bad_step([rows[0], {"step": 5, "eval_loss": math.inf}]) == 5
-
-
 def test_only_a_sound_and_unfinished_checkpoint_is_gone_on_from(tmp_path):
     def checkpoint(step, state=True):
         path = tmp_path / f"checkpoint-{step}"
@@ -421,21 +411,41 @@ def test_only_a_sound_and_unfinished_checkpoint_is_gone_on_from(tmp_path):
 def test_an_interrupted_run_leaves_no_process(tmp_path, suite, monkeypatch):
     child = "import subprocess; subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])"
     fake_recipe(monkeypatch, f"{child}\n(folder / 'up').touch()\ntime.sleep(60)")
-    found = []
+    up, stop, found = run_folder(tmp_path / "out", suite.runs()[0]) / "up", threading.Event(), set()
+    before = set(psutil.Process().children(recursive=True))
 
-    def watch(process):
-        if process:
-            found.append(psutil.Process(process["group"]))
-        up = run_folder(tmp_path / "out", suite.runs()[0]) / "up"
-        if up.exists():
-            found.extend(found[0].children())
-        return not up.exists()
+    def interrupt():
+        while not up.exists():
+            time.sleep(0.05)
+        found.update(set(psutil.Process().children(recursive=True)) - before)
+        stop.set()
 
-    outcome, _ = execute(tmp_path, suite, watch)
-    assert outcome.state == "interrupted"
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    outcome, _ = execute(tmp_path, suite, stop)
+    thread.join()
+    assert outcome is None
     assert len(found) == 2
     _, alive = psutil.wait_procs(found, timeout=5)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_run_that_outlived_its_sweep_is_waited_for(tmp_path, suite, monkeypatch):
+    """The run holds the lock of its log, and its result is in the folder."""
+    fake_recipe(monkeypatch, WRITE)
+    _, folder = execute(tmp_path, suite)
+    (folder / "metrics.json").rename(folder / "later.json")
+    code = f"import time; time.sleep(1); import os; os.rename('{folder}/later.json', '{folder}/metrics.json')"
+    with execution.log_of(folder).open("a") as log:
+        assert execution._lock(log, threading.Event())
+        orphan = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=log)
+    fake_recipe(monkeypatch, "sys.exit('a run was repeated')")
+    stopped = threading.Event()
+    stopped.set()
+    assert execute(tmp_path, suite, stopped)[0] is None
+    assert orphan.poll() is None
+    assert execute(tmp_path, suite)[0].loss == 1.5
+    assert orphan.wait(5) == 0
 
 
 def test_a_folder_that_takes_no_files_is_an_error():
@@ -443,35 +453,18 @@ def test_a_folder_that_takes_no_files_is_an_error():
         check_folder(Path("/dev/full/x"))
 
 
-def test_only_the_orphans_of_the_run_are_ended(tmp_path):
-    def sleeper(word, cwd=tmp_path):
-        return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)", word], cwd=cwd)
-
-    orphan, other, elsewhere = sleeper("--output_dir=runs/abc"), sleeper("runs/xyz"), sleeper("runs/abc", "/")
-    try:
-        host = {"host": trial_queue.socket.gethostname()}
-        trial_queue.end_orphans({"host": "elsewhere"}, {"folder": "runs/abc", "cwd": str(tmp_path)})
-        assert orphan.poll() is None
-        trial_queue.end_orphans(host, {"folder": "runs/abc", "cwd": str(tmp_path)})
-        assert orphan.wait(5) == -signal.SIGKILL
-        assert other.poll() is None
-        assert elsewhere.poll() is None
-    finally:
-        for process in (orphan, other, elsewhere):
-            process.kill()
-            process.wait()
-
-
-# ---------------------------------------------------------------- sweep.py
+# ---------------------------------------------------------------- the command
 
 
 def call(folder, text_file, *flags):
-    command = [sys.executable, str(RECIPES / "sweep.py"), f"--suite={folder / 'tiny.yaml'}"]
+    command = [sys.executable, "-m", "hf_noneuclid", "sweep", f"--suite={folder / 'tiny.yaml'}"]
     command += [f"--output_dir={folder / 'out'}", f"--option=train_files={text_file}", *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=variables, **pipes)
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=150):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -499,7 +492,7 @@ def test_a_sweep_killed_in_the_middle_goes_on_where_it_was(tmp_path, text_file):
     assert again.returncode == 0, shown
     assert "2 done, 0 diverged, 0 failed" in shown
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in first.items()), "done runs stay"
-    found = results(open_study(tmp_path / "out" / "study.log"))
+    found = results(open_study(tmp_path / "out" / "study.db"))
     assert [result.state for result in found] == ["done"] * 2
     for result in found:
         assert result.loss == result.metrics["eval_loss"]
@@ -518,12 +511,12 @@ def test_ctrl_c_ends_the_runs_and_gives_them_back(tmp_path, text_file):
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Start again with the same command" in shown
+    assert "The same command continues the sweep" in shown
     folder = str(logs)
     assert not [
         p for p in psutil.process_iter(["cmdline"]) if any(folder in w for w in p.info["cmdline"] or [])
     ]
-    assert [result.state for result in results(open_study(tmp_path / "out" / "study.log"))] == ["waiting"]
+    assert [result.state for result in results(open_study(tmp_path / "out" / "study.db"))] == ["waiting"]
 
 
 def test_bad_input_ends_in_words_before_a_run_starts(tmp_path, capsys):
@@ -542,12 +535,12 @@ def test_bad_input_ends_in_words_before_a_run_starts(tmp_path, capsys):
             sweep.main([f"--suite={tmp_path / 'tiny.yaml'}", f"--output_dir={tmp_path / 'out'}", *flags])
         assert caught.value.code == 2
         error = capsys.readouterr().err
-        assert "sweep.py: error: " in error
+        assert "noneuclid sweep: error: " in error
         assert message in error
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_a_suite_that_starts_from_the_default_model_wants_it_first(tmp_path, capsys, monkeypatch):
+def test_a_suite_that_starts_from_the_default_model_needs_it_first(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         sweep.main(["--suite=lower_bound_finetune"])
@@ -610,3 +603,27 @@ def test_the_dry_run_of_the_paper(capsys):
     assert "1,907 steps of 524,288 tokens, 999,817,216 tokens, 124,439,808 parameters" in text
     assert "--num_processes=4" in text
     assert "--gradient_accumulation_steps=32" in text
+
+
+def installed(kind, folder):
+    """The folder to import the package from: the checkout, or the files of a wheel."""
+    if kind == "checkout":
+        return ROOT
+    shutil.copytree(ROOT / "hf_noneuclid", folder / "hf_noneuclid")
+    shutil.copytree(ROOT / "recipes", folder / "hf_noneuclid" / "recipes")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["checkout", "wheel"])
+def test_a_dry_run_works_in_an_empty_folder(tmp_path, kind):
+    root, empty = installed(kind, tmp_path / "site"), tmp_path / "empty"
+    empty.mkdir()
+    command = [sys.executable, "-m", "hf_noneuclid", "sweep", "--suite", "mini", "--dry_run"]
+    variables = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=empty, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (script,) = {word for word in done.stdout.split() if word.endswith("pretrain.py")}
+    assert Path(script).is_file()
+    assert Path(script).is_relative_to(root)
+    assert "# 97 runs in the first pass" in done.stdout
+    assert not list(empty.iterdir())

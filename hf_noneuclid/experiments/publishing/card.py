@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_noneuclid.experiments.publishing.facts import RunFacts
 from hf_noneuclid.experiments.publishing.hub import Repository
-from hf_noneuclid.experiments.reporting.report_format import table
+from hf_noneuclid.experiments.common import markdown_table as table
 from hf_noneuclid.experiments.secrets import redact_arguments, scrub
 
 HERE = Path(__file__).parent

@@ -1,151 +1,171 @@
-"""What particular suites ask: the paper's figures, the gain by Momo, the 36 variants, batch sizes."""
+"""The sections of the report that compare methods: the paper, the gain by Momo, the variants, lower bounds.
+
+All their numbers come from the curves that results.json holds.
+"""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import InputError, markdown_table
 from hf_noneuclid.experiments.reporting import measures
-from hf_noneuclid.experiments.reporting.curves import Curve, best_of_each
-from hf_noneuclid.experiments.sweeping.suite import as_text
+from hf_noneuclid.experiments.reporting.curves import Curve, Point, best_of_each, by_setting, with_lower_bound
+from hf_noneuclid.experiments.reporting.tables import band, excess, loss, per_setting, rate
 
 VARIANT_OPTIONS = ("descent", "product_norm", "vector_norm", "momo")
-BATCH_SIZE = "per_device_train_batch_size"
-STEPS = "max_steps"  # goes with the batch size where the number of tokens is kept
+FACTORS = (1, 10, 30)  # times the best learning rate of the method, for lower bounds
 
 
-def paper(settings: Mapping[str, Any], curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Hold the final losses against the paper's, for the methods that `settings` has its figures of.
+def paper_section(settings: Mapping[str, Any], curves: Sequence[Curve]) -> str:
+    """Our figures and the paper's, with a verdict for each; empty where the suite has none of the paper's.
 
     Args:
-        settings: the suite's `report`: `paper` (mean and std for each method, in nats per token) and
-            `tolerance` (nats per token, 0 without).
-        curves: of one setting.
+        settings: The suite's ``report``: ``paper`` (mean and std of each method, in nats per token) and
+            ``tolerance`` (nats per token, by default 0).
+        curves: The curves of all settings.
     """
+    if not settings.get("paper"):
+        return ""
     tolerance = float(settings.get("tolerance", 0.0))
-    ours = {curve.method: curve.best for curve in best_of_each(curves)}
+    text = (
+        "Allowed: two standard deviations of the difference, 2 √(std² + std²), plus a tolerance of "
+        f"{tolerance:g} nats per token. Fewer than {measures.ENOUGH_SEEDS} seeds at the best learning rate "
+        "count as not run."
+    )
+    table = partial(_paper_table, settings["paper"], tolerance)
+    return f"## Comparison with the paper\n\n{text}\n\n{per_setting(by_setting(curves), table)}"
+
+
+def _paper_table(paper: Mapping[str, Any], tolerance: float, curves: Sequence[Curve]) -> str:
+    head = ("method", "ours", "seeds", "learning rate", "paper", "difference", "allowed", "verdict")
+    best = {curve.method: curve.best for curve in best_of_each(curves)}
     rows = []
-    for method, figures in (settings.get("paper") or {}).items():
-        paper_mean, paper_std = _figures(method, figures)
-        best = ours.get(method)
-        losses = best.losses if best else []
-        mean, std = measures.mean_std(losses) if losses else (None, None)
-        rows.append(
-            {
-                "method": method,
-                "learning_rate": best.learning_rate if best else None,
-                "seeds": len(losses),
-                "loss": mean,
-                "std": std,
-                "paper_loss": paper_mean,
-                "paper_std": paper_std,
-                "tolerance": tolerance,
-                **measures.verdict(losses, paper_mean, paper_std, tolerance),
-            }
-        )
-    return rows
+    for method, figures in paper.items():
+        try:
+            mean, std = float(figures["mean"]), float(figures["std"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(
+                f"report: paper: {method} is {figures}; it needs a mean and a std, in nats per token"
+            ) from None
+        point = best.get(method)
+        losses = point.losses if point else []
+        found = measures.verdict(losses, mean, std, tolerance)
+        difference = "-" if found.difference is None else f"{found.difference:+.4f}"
+        ours = [method, _band(point), str(len(losses)), _at(point)]
+        rows.append([*ours, band(mean, std), difference, loss(found.allowed), f"**{found.word}**"])
+    return markdown_table(head, rows)
 
 
-def _figures(method: str, figures: Any) -> tuple[float, float]:
-    try:
-        return float(figures["mean"]), float(figures["std"])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"report: paper: {method} is {figures}; it needs a mean and a std, in nats per token"
-        ) from None
+def _band(point: Point | None) -> str:
+    return band(*measures.mean_std(point.losses)) if point and point.done else "-"
 
 
-def momo_gains(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return by how much Momo widens the basin of each method that is in the suite with and without it.
+def _at(point: Point | None) -> str:
+    return rate(point.learning_rate if point else None)
+
+
+def momo_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The gain in basin width by Momo, for each method that is in the suite with and without it.
 
     Args:
-        rows: the curves of one setting as results.json describes them.
-
-    Returns:
-        For each pair and fraction the `decades`; `at_least` if only Momo's basin is cut off, `at_most` if
-        only the other is; no `decades` where one of the two has no run that ended.
+        rows: The curves of one setting as results.json describes them.
     """
-    plain = {(row["method"], *_options(row)): row["basins"] for row in rows}
-    pairs = [
-        (row, plain[key])
-        for row in rows
-        if row["method"].endswith("_momo")
-        and (key := (row["method"].removesuffix("_momo"), *_options(row))) in plain
-    ]
-    return [
-        {"label": row["label"], "gains": {f: _gain(row["basins"][f], without[f]) for f in without}}
-        for row, without in pairs
-    ]
+    without = {(row["method"], str(row["method_options"])): row["basins"] for row in rows}
+    lines = []
+    for row in rows:
+        plain = without.get((row["method"].removesuffix("_momo"), str(row["method_options"])))
+        if row["method"].endswith("_momo") and plain is not None:
+            lines.append([row["label"], *(_gain(row["basins"][part], plain[part]) for part in plain)])
+    head = ["with Momo", *(f"gain in width, {part} (decades)" for part in rows[0]["basins"])]
+    return markdown_table(head, lines) if lines else ""
 
 
-def _options(row: Mapping[str, Any]) -> list[str]:
-    return [f"{key} {value}" for key, value in row["method_options"].items()]
-
-
-def _gain(momo: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
-    known = momo["decades"] is not None and plain["decades"] is not None
-    return {
-        "decades": momo["decades"] - plain["decades"] if known else None,
-        "at_least": momo["at_least"] and not plain["at_least"],
-        "at_most": plain["at_least"] and not momo["at_least"],
-        "cut_off": momo["at_least"] and plain["at_least"],
-    }
-
-
-def variants(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Return the best loss of each combination of norms, and its regret at its highest learning rate.
-
-    Args:
-        curves: of one setting.
-    """
-    return [
-        {
-            **{name: _word(curve.method_options[name]) for name in VARIANT_OPTIONS},
-            "loss": curve.best.loss if curve.best else None,
-            "learning_rate": curve.best.learning_rate if curve.best else None,
-            "highest_learning_rate": curve.rates[-1],
-            "regret_at_highest": measures.regret(curve.losses, curve.best_place)[-1],
-            "diverged_at_highest": bool(curve.points[-1].diverged),
-        }
-        for curve in curves
-        if is_variant(curve)
-    ]
+def _gain(momo: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
+    if momo["decades"] is None or plain["decades"] is None:
+        return "-"
+    both = " (both cut off)" * (momo["at_least"] and plain["at_least"])
+    sign = "" if both else "≥ " * momo["at_least"] + "≤ " * plain["at_least"]
+    return f"{sign}{momo['decades'] - plain['decades']:+.2f}{both}"
 
 
 def is_variant(curve: Curve) -> bool:
-    """Whether all four choices vary in the suite."""
+    """Whether all four choices of a method vary in the suite."""
     return set(VARIANT_OPTIONS) <= set(curve.method_options)
 
 
-def batch_size(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """Return the best learning rate and loss of each curve at each batch size, by method and size.
-
-    Args:
-        curves: of all settings; `options` holds what varies with the batch size, or beside it.
-    """
-    labels = list(dict.fromkeys(curve.label for curve in curves))
-    chosen = [curve for curve in curves if BATCH_SIZE in curve.options]
-    return [
-        {
-            "label": curve.label,
-            "method": curve.method,
-            "batch_size": curve.options[BATCH_SIZE],
-            "options": {key: value for key, value in curve.options.items() if key != BATCH_SIZE},
-            "learning_rate": curve.best.learning_rate if curve.best else None,
-            "loss": curve.best.loss if curve.best else None,
-            "std": measures.mean_std(curve.best.losses)[1] if curve.best else None,
-            "seeds": len(curve.best.done) if curve.best else 0,
-        }
-        for curve in sorted(
-            chosen, key=lambda c: (labels.index(c.label), beside_batch_size(c), c.options[BATCH_SIZE])
-        )
-    ]
+def variant_of(curve: Curve) -> tuple[str, ...]:
+    """The descent, product norm, vector norm and Momo of a variant."""
+    return tuple(str(curve.method_options[name]).lower() for name in VARIANT_OPTIONS)
 
 
-def beside_batch_size(curve: Curve) -> str:
-    """Return the setting without the batch size and the number of steps that goes with it."""
-    rest = {key: value for key, value in curve.options.items() if key not in (BATCH_SIZE, STEPS)}
-    return ", ".join(f"{key}={as_text(value)}" for key, value in rest.items())
+def variants_section(curves: Sequence[Curve]) -> str:
+    """The table of the combinations of descent, norms and Momo, lowest loss first."""
+    chosen = [curve for curve in curves if is_variant(curve)]
+    if not chosen:
+        return ""
+
+    def table(members: Sequence[Curve]) -> str:
+        head = [name.replace("_", " ") for name in VARIANT_OPTIONS[:-1]] + ["Momo"]
+        head += ["best loss", "at", "regret at the highest rate"]
+        rows = []
+        for curve in sorted(members, key=lambda curve: curve.best_loss):
+            best, last = curve.best, measures.regret(curve.losses, curve.best_place)[-1]
+            found = [loss(best.loss if best else None), _at(best), loss(last)]
+            rows.append([*variant_of(curve), *found])
+        return markdown_table(head, rows)
+
+    groups = by_setting(chosen)
+    count = max(map(len, groups.values()))
+    return f"## The {count} variants, lowest loss first\n\n{per_setting(groups, table)}"
 
 
-def _word(value: Any) -> str:
-    return str(value).lower()
+def lower_bound_section(curves: Sequence[Curve]) -> str:
+    """The final loss under each lower bound at the same learning rates: the method's best, and above it."""
+    groups = by_setting(curves)
+    tables = per_setting(groups, _bounds_table)
+    if not tables:
+        return ""
+    here = " in the same setting" * (len(groups) > 1)
+    text = (
+        "F* is the lower bound of the loss: a number, or a rule with its fraction. The best learning rate of "
+        f"a method is that of its lowest loss under any bound{here}. All bounds of a method are compared at "
+        f"the same learning rates. In brackets: excess over the best of the same method{here}. -: not in the "
+        "grid, or no run has ended."
+    )
+    return f"## Which lower bound\n\n{text}\n\n{tables}"
+
+
+def _bounds_table(curves: Sequence[Curve]) -> str:
+    chosen, lowest = with_lower_bound(curves), min(curve.best_loss for curve in curves)
+    bases: dict[str, Point] = {}
+    for curve in sorted(chosen, key=lambda curve: curve.best_loss):
+        if curve.best:
+            bases.setdefault(curve.method, curve.best)
+    bests = []
+    for method in dict.fromkeys(curve.method for curve in chosen if curve.method in bases):
+        base = bases[method]
+        above = f", {_excess(base, lowest)} over the best of any method" if base.loss != lowest else ""
+        bests.append(f"{method} {loss(base.loss)} at {_at(base)}{above}")
+    head = ["method", "F*", "own best", "at the best learning rate"]
+    head += [f"at {factor} times it" for factor in FACTORS[1:]]
+    rows = []
+    for curve in chosen:
+        if curve.method in bases:
+            base = bases[curve.method]
+            cells = [curve.method, curve.bound, _compared(curve.best, base, with_rate=True)]
+            for factor in FACTORS:
+                place = measures.nearest(curve.rates, factor * base.learning_rate)
+                cells.append(_compared(None if place is None else curve.points[place], base))
+            rows.append(cells)
+    return f"Best under any bound: {'; '.join(bests)}.\n\n{markdown_table(head, rows)}" if rows else ""
+
+
+def _compared(point: Point | None, base: Point, with_rate: bool = False) -> str:
+    if point is None or point.loss is None:
+        return "-"
+    words = "diverged" if point.diverged else f"{loss(point.loss)} ({_excess(point, base.loss)})"
+    return words + (f" at {_at(point)}" if with_rate else "")
+
+
+def _excess(point: Point, best: float | None) -> str:
+    return excess((point.loss - best) / abs(best) if best and point.loss is not None else None)

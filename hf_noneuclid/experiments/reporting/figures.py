@@ -1,157 +1,273 @@
-"""The figures every report has: final loss against learning rate, losses and step sizes over time."""
+"""The figures: final loss against learning rate, losses and step sizes over time, the variants."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from hf_noneuclid.experiments.reporting.bounds import in_words
-from hf_noneuclid.experiments.reporting.comparisons import is_variant
-from hf_noneuclid.experiments.reporting.curves import Curve, Point, by_setting
-from hf_noneuclid.experiments.reporting.lower_bounds import bound_of, order, with_lower_bound
-from hf_noneuclid.experiments.reporting.panels import (
-    LOSS_LABEL,
-    RATE_LABEL,
-    ROW,
-    by_family,
-    columns,
-    draw,
-    grid,
-    handle,
-    is_finite,
-    label_outer,
-    looks,
-    loss_range,
-    mark_above,
-    split,
-    style,
+from hf_noneuclid.experiments.common import STYLE, series, write_whole
+from hf_noneuclid.experiments.reporting import panels
+from hf_noneuclid.experiments.reporting.comparisons import is_variant, variant_of
+from hf_noneuclid.experiments.reporting.curves import (
+    Curve,
+    Point,
+    best_of_each,
+    by_setting,
+    mean_series,
+    with_lower_bound,
 )
-from hf_noneuclid.experiments.reporting.time_figures import step_size, training
+from hf_noneuclid.experiments.reporting.measures import regret
+from hf_noneuclid.experiments.reporting.names import bound_order, option_words
 
-Look = Callable[[Curve], dict[str, Any]]
-
-# Okabe and Ito's, grey for their yellow; eight colours and nine markers make 72 pairs.
+# Okabe and Ito's colours, grey for their yellow; eight colours and nine markers make 72 pairs.
 BOUND_COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F")
 BOUND_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 GREY = {"ls": "none", "color": "#555555"}
 GREY_LINE = {"color": "#555555", "marker": ".", "lw": 1.0}  # of a method whose bound does not vary
+STEP_SIZE_RATES = 4
+DARK = 0.55  # of the colour map: lighter cells get dark text
+CELL_COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="#DDDDDD")
+DESCENTS, PRODUCTS = ("constrained", "regularized"), ("linf", "l2", "hybrid")
+VECTORS, MOMO = ("linf", "ada_linf", "ada_l2"), ("false", "true")
 
 
-def draw_basic(folder: Path, curves: Sequence[Curve]) -> list[str]:
-    """Write the figures for which there are runs; return the names of their files."""
+def draw(folder: Path, curves: Sequence[Curve]) -> list[str]:
+    """Writes the figures for which there are runs, and gives the names of their files."""
     figures: dict[str, Callable[[Sequence[Curve]], Figure | None]] = {
         "final_loss.png": final_loss,
         "training.png": training,
         "step_size.png": step_size,
+        "variants.png": heat_maps,
     }
-    return draw(folder, figures, curves)
+    names = []
+    with matplotlib.rc_context(STYLE):
+        for name, make in figures.items():
+            if (figure := make(curves)) is not None:
+                _save(folder / name, figure)
+                names.append(name)
+    return names
+
+
+def _save(path: Path, figure: Figure) -> None:
+    # Without the version of matplotlib, the same figure gives the same bytes.
+    write_whole(path, lambda part: figure.savefig(part, format="png", dpi=200, metadata={"Software": None}))
+
+
+# ---------------------------------------------------------------- final loss
 
 
 def final_loss(curves: Sequence[Curve]) -> Figure | None:
-    """Draw final loss against learning rate, a panel for each setting and options of the methods.
+    """Final loss against learning rate, with a panel for each setting and options of the methods.
 
-    Where lower bounds are compared, a panel for each setting and method, and a line for each bound.
+    If lower bounds are compared, there is a panel for each setting and method, and a line for each bound.
     """
     shown = [curve for curve in curves if curve.best and not is_variant(curve)]
     if not shown:
         return None
-    bounded = with_lower_bound(shown)
-    look, legend = _looks_of_bounds(bounded) if bounded else _looks_of_methods(shown, looks(curves))
-    parts = split(shown, _method if bounded else _options)
-    figure, panels = grid(len(parts), columns(parts, bool(bounded)))
-    ranges = {name: loss_range(members) for name, members in by_setting(shown).items()}
-    for axes, (name, members) in zip(panels, parts, strict=True):
-        rows = _loss_panel(axes, members, look, ranges[members[0].setting])
-        axes.set_title(name or " ", fontsize=8, pad=5 + ROW * rows)
-    label_outer(figure, panels, RATE_LABEL, LOSS_LABEL)
-    handles = [*legend, *_legend_of_marks(shown, ranges)]
+    if bounded := with_lower_bound(shown):
+        look, looks = _bound_look(bounded)
+        parts = panels.split(shown, lambda curve: curve.method)
+        handles = [panels.handle(name, **line) for name, line in looks.items()]
+    else:
+        look = panels.method_look(curves)
+        parts = panels.split(shown, lambda curve: ", ".join(option_words(curve.method_options)))
+        methods = {curve.method: curve for curve in shown}
+        handles = [
+            panels.handle(curve.method, **look(curve))
+            for curve in sorted(methods.values(), key=panels.by_family)
+        ]
+    ranges = {name: panels.loss_range(members) for name, members in by_setting(shown).items()}
+    columns = -(-len(parts) // len(ranges)) if bounded and len(ranges) > 1 else 2 if len(parts) == 4 else 3
+    figure, grid_axes = panels.grid(len(parts), columns)
+    gone = over = False
+    for axes, (name, members) in zip(grid_axes, parts, strict=True):
+        limits = ranges[members[0].setting]
+        axes.set_ylim(*limits)
+        rows = _loss_panel(axes, members, look, limits[1])
+        axes.set_title(name or " ", fontsize=8, pad=5 + panels.ROW * rows)
+        points = [point for curve in members for point in curve.points]
+        gone |= any(point.diverged for point in points)
+        over |= any(_is_above(point, limits[1]) for point in points)
+    panels.label_outer(figure, grid_axes, "learning rate", "final validation loss (nats)")
+    handles += [panels.handle("a seed diverged", marker="x", **GREY)] * gone
+    handles += [panels.handle("above the figure", marker="^", fillstyle="none", **GREY)] * over
     heading = "lower bound F*" if bounded else None
     figure.legend(handles=handles, loc="outside right upper", handlelength=3, title=heading)
     return figure
 
 
-def _method(curve: Curve) -> str:
-    return curve.method
-
-
-def _options(curve: Curve) -> str:
-    return ", ".join(in_words(curve.method_options))
-
-
-def _looks_of_methods(
-    curves: Sequence[Curve], palette: dict[str, tuple[str, str]]
-) -> tuple[Look, list[Line2D]]:
-    methods = {curve.method: curve for curve in curves}
-    ordered = sorted(methods.values(), key=by_family)
-    return (
-        lambda curve: style(curve, palette),
-        [handle(curve.method, **style(curve, palette)) for curve in ordered],
-    )
-
-
-def _looks_of_bounds(curves: Sequence[Curve]) -> tuple[Look, list[Line2D]]:
-    """Return a colour and a marker for each bound, the same in every panel."""
-    names = dict.fromkeys(bound_of(curve) for curve in sorted(curves, key=order))
+def _bound_look(curves: Sequence[Curve]) -> tuple[panels.Look, dict[str, dict[str, Any]]]:
+    """A colour and a marker for each lower bound, the same in every panel."""
+    ordered = sorted(curves, key=lambda curve: (bound_order(curve.method_options), curve.bound))
+    names = dict.fromkeys(curve.bound for curve in ordered)
     cycle = zip(names, itertools.cycle(BOUND_COLOURS), itertools.cycle(BOUND_MARKERS), strict=False)
-    found = {name: {"color": colour, "marker": marker, "lw": 1.0} for name, colour, marker in cycle}
+    looks = {name: {"color": colour, "marker": marker, "lw": 1.0} for name, colour, marker in cycle}
 
     def look(curve: Curve) -> dict[str, Any]:
-        return found.get(bound_of(curve), GREY_LINE) | {"ls": "-" if curve.momo else "--"}
+        return looks.get(curve.bound, GREY_LINE) | {"ls": "-" if curve.momo else "--"}
 
-    return look, [handle(name, **line) for name, line in found.items()]
+    return look, looks
 
 
-def _loss_panel(axes: Axes, curves: Sequence[Curve], look: Look, limits: tuple[float, float]) -> int:
-    """Draw the curves of a panel; return the rows of marks over its top edge."""
+def _loss_panel(axes: Axes, curves: Sequence[Curve], look: panels.Look, top: float) -> int:
+    """Draws the curves of a panel; gives the number of rows of marks above its top edge."""
     axes.set_xscale("log")
-    axes.set_ylim(*limits)
-    for curve in curves:
-        _loss_line(axes, curve, look(curve))
-    return _mark_what_is_not_shown(axes, curves, look, limits[1])
-
-
-def _loss_line(axes: Axes, curve: Curve, look: dict[str, Any]) -> None:
-    for piece in pieces(curve.points):
-        rates = [point.learning_rate for point in piece]
-        axes.plot(rates, [point.loss for point in piece], ms=3.5, **look)
-        low, high = ([pick(point.losses) for point in piece] for pick in (min, max))
-        axes.fill_between(rates, low, high, color=look["color"], alpha=0.18, lw=0)
-
-
-def _mark_what_is_not_shown(axes: Axes, curves: Sequence[Curve], look: Look, top: float) -> int:
-    """Mark over the top edge, in a row for each curve, where it diverged or is too high; return the rows."""
     rows = 0
     for curve in curves:
+        line = look(curve)
+        for piece in pieces(curve.points):
+            rates = [point.learning_rate for point in piece]
+            axes.plot(rates, [point.loss or 0.0 for point in piece], ms=3.5, **line)
+            low, high = ([pick(point.losses) for point in piece] for pick in (min, max))
+            axes.fill_between(rates, low, high, color=line["color"], alpha=0.18, lw=0)
         gone = [point.learning_rate for point in curve.points if point.diverged]
-        over = [point.learning_rate for point in curve.points if is_finite(point) and point.loss > top]
+        over = [point.learning_rate for point in curve.points if _is_above(point, top)]
         if gone or over:
-            marks = {"color": look(curve)["color"], "ms": 3.5, "ls": "none"}
-            mark_above(axes, gone, rows, marker="x", **marks)
-            mark_above(axes, over, rows, marker="^", fillstyle="none", **marks)
+            marks = {"color": line["color"], "ms": 3.5, "ls": "none"}
+            panels.mark_above(axes, gone, rows, marker="x", **marks)
+            panels.mark_above(axes, over, rows, marker="^", fillstyle="none", **marks)
             rows += 1
     return rows
 
 
-def pieces(points: Iterable[Point]) -> list[list[Point]]:
-    """Cut a curve where a learning rate has no finite loss: no line is drawn across."""
-    parts: list[list[Point]] = [[]]
-    for point in points:
-        if is_finite(point):
-            parts[-1].append(point)
-        elif parts[-1]:
-            parts.append([])
-    return [part for part in parts if part]
+def pieces(points: Sequence[Point]) -> list[list[Point]]:
+    """Splits a curve where a learning rate has no finite loss: no line is drawn across it."""
+    groups = itertools.groupby(points, key=lambda point: point.is_finite)
+    return [list(members) for is_finite, members in groups if is_finite]
 
 
-def _legend_of_marks(curves: Sequence[Curve], ranges: dict[str, tuple[float, float]]) -> list[Line2D]:
-    handles = []
-    points = [(point, ranges[curve.setting][1]) for curve in curves for point in curve.points]
-    if any(point.diverged for point, _ in points):
-        handles.append(handle("a seed diverged", marker="x", **GREY))
-    if any(is_finite(point) and point.loss > top for point, top in points):
-        handles.append(handle("above the figure", marker="^", fillstyle="none", **GREY))
-    return handles
+def _is_above(point: Point, top: float) -> bool:
+    return point.is_finite and point.loss is not None and point.loss > top
+
+
+# ---------------------------------------------------------------- over time
+
+
+def training(curves: Sequence[Curve]) -> Figure | None:
+    """Training and evaluation loss of each method at its best learning rate, with a row for each setting."""
+    best = [sorted(best_of_each(members), key=panels.by_family) for members in by_setting(curves).values()]
+    rows = [chosen for chosen in best if any(run.history for curve in chosen for run in _best_runs(curve))]
+    if not rows:
+        return None
+    look = panels.method_look(curves)
+    labels = [
+        [f"{curve.label} at {curve.rates[curve.best_place or 0]:g}".replace(", ", "\n") for curve in chosen]
+        for chosen in rows
+    ]
+    # The panels are as high as the legend beside them needs.
+    heights = [max(2.3, 0.3 + 0.15 * sum(1 + name.count("\n") for name in names)) for names in labels]
+    figure = Figure(figsize=(7.6, 0.4 + sum(heights)), layout="constrained")
+    grid_axes = figure.subplots(len(rows), 2, sharex="row", sharey="row", squeeze=False)
+    for pair, chosen, names in zip(grid_axes, rows, labels, strict=True):
+        for axes, key, part in zip(pair, ("loss", "eval_loss"), ("training", "evaluation"), strict=True):
+            axes.set_title(panels.title(part, chosen[0].setting), fontsize=8)
+            for curve in chosen:
+                line = look(curve) | ({"marker": ""} if key == "loss" else {})
+                axes.plot(*mean_series(_best_runs(curve), key), ms=3.5, **line)
+        handles = [panels.handle(name, **look(curve)) for name, curve in zip(names, chosen, strict=True)]
+        pair[-1].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0), handlelength=3)
+    panels.label_outer(figure, grid_axes.flatten().tolist(), "step", "loss (nats)")
+    return figure
+
+
+def _best_runs(curve: Curve) -> Sequence[Any]:
+    return curve.best.done if curve.best else ()
+
+
+def step_size(curves: Sequence[Curve]) -> Figure | None:
+    """τ and η over time, with a column for each of some learning rates.
+
+    There is a row for each setting and method with Momo, with its best options.
+    """
+    best = [curve for members in by_setting(curves).values() for curve in best_of_each(members)]
+    rows = [(curve, points) for curve in best if curve.momo and (points := _spread(curve))]
+    if not rows:
+        return None
+    columns = max(len(points) for _, points in rows)
+    figure = Figure(figsize=(0.9 + 1.8 * columns, 0.5 + 1.5 * len(rows)), layout="constrained")
+    sharex: Any = "row" if any(curve.setting for curve, _ in rows) else True
+    grid_axes = figure.subplots(len(rows), columns, sharex=sharex, sharey=True, squeeze=False)
+    look = panels.method_look(curves)
+    for row, (curve, points) in zip(grid_axes, rows, strict=True):
+        colour = look(curve)["color"]
+        words = panels.title(curve.label, curve.setting).replace(", ", "\n")
+        row[0].set_ylabel(words, color=colour, fontsize=7)
+        for axes in row[len(points) :]:
+            axes.set_visible(False)
+        for axes, point in zip(row, points, strict=False):
+            _step_size_panel(axes, point, colour, " (best)" if point is curve.best else "")
+    figure.supxlabel("step", fontsize=8)
+    figure.supylabel("τ (solid), η (dashed)", fontsize=8)
+    return figure
+
+
+def _step_size_panel(axes: Axes, point: Point, colour: str, mark: str) -> None:
+    axes.set_yscale("log")
+    for key, line, shade in (("learning_rate", "--", "#777777"), ("step_size", "-", colour)):
+        shown = [pair for pair in zip(*series(_first_history(point), key), strict=True) if pair[1] > 0]
+        axes.plot([step for step, _ in shown], [value for _, value in shown], line, color=shade, lw=1.1)
+    axes.set_title(f"η = {point.learning_rate:g}{mark}", fontsize=8)
+
+
+def _first_history(point: Point) -> list[dict[str, Any]]:
+    return next((run.history for run in (*point.done, *point.diverged)), [])
+
+
+def _spread(curve: Curve) -> list[Point]:
+    """A few points evenly spread over the grid, with the best one."""
+    known = [point for point in curve.points if any("step_size" in row for row in _first_history(point))]
+    if len(known) <= STEP_SIZE_RATES:
+        return known
+    places = [round(i * (len(known) - 1) / (STEP_SIZE_RATES - 1)) for i in range(STEP_SIZE_RATES)]
+    if curve.best in known and (best := known.index(curve.best)) not in places:
+        inner = min(range(1, STEP_SIZE_RATES - 1), key=lambda i: abs(places[i] - best))
+        places[inner] = best
+    return [known[place] for place in sorted(places)]
+
+
+# ---------------------------------------------------------------- variants
+
+
+def heat_maps(curves: Sequence[Curve]) -> Figure | None:
+    """The best loss of each variant, and its regret at the highest learning rate; a row for each setting."""
+    settings = by_setting(curve for curve in curves if is_variant(curve))
+    known = {name: members for name, members in settings.items() if any(c.best for c in members)}
+    if not known:
+        return None
+    figure = Figure(figsize=(7.6, 0.2 + 3.4 * len(known)), layout="constrained")
+    grid_axes = figure.subplots(len(known), 2, sharey=True, squeeze=False)
+    for (left, right), (name, members) in zip(grid_axes, known.items(), strict=True):
+        losses = {variant_of(curve): curve.best.loss if curve.best else None for curve in members}
+        regrets = {variant_of(curve): regret(curve.losses, curve.best_place)[-1] for curve in members}
+        regret_title = f"regret at learning rate {max(curve.rates[-1] for curve in members):g} (nats)"
+        _heat_map(figure, left, losses, "\n".join(filter(None, ("best final loss (nats)", name))))
+        _heat_map(figure, right, regrets, "\n".join(filter(None, (regret_title, name))))
+        left.set_ylabel("descent, product norm")
+    figure.supxlabel("vector norm (+ Momo)", fontsize=8)
+    return figure
+
+
+def _heat_map(
+    figure: Figure, axes: Axes, found: Mapping[tuple[str, ...], float | None], heading: str
+) -> None:
+    rows = list(itertools.product(DESCENTS, PRODUCTS))
+    columns = [(vector, momo) for momo in MOMO for vector in VECTORS]
+    cells = [[found.get((*row, *column)) for column in columns] for row in rows]
+    values = np.array([[math.nan if cell is None else cell for cell in line] for line in cells])
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=CELL_COLOURS, aspect="auto")
+    names = [f"{vector} +Momo" if momo == "true" else vector for vector, momo in columns]
+    axes.set_xticks(range(len(columns)), names, rotation=35, ha="right")
+    axes.set_yticks(range(len(rows)), [", ".join(row) for row in rows])
+    axes.set_title(heading, fontsize=8)
+    norm: Any = image.norm
+    for (row, column), value in np.ndenumerate(values):
+        dark = not math.isfinite(value) or norm(float(value)) > DARK
+        text = "-" if math.isnan(value) else "div." if math.isinf(value) else f"{value:.3f}"
+        axes.text(column, row, text, ha="center", va="center", size=6, color="black" if dark else "white")
+    figure.colorbar(image, ax=axes, shrink=0.8)

@@ -1,7 +1,7 @@
-"""What a curve of final loss against learning rate says: basin width, regret, robustness; and verdicts.
+"""Measures of a curve of final loss against learning rate: basin width, regret, robustness, verdicts.
 
 A curve is given as learning rates in rising order and a loss for each, in nats per token: infinity where a
-run diverged, None where no run has finished (a hole).
+run diverged, None where no run has finished (a gap).
 
 References:
     M. Crawshaw, C. Modi, M. Liu, R. M. Gower, "An Exploration of Non-Euclidean Gradient Descent: Muon and its
@@ -13,13 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, stdev
-from typing import Any
 
 from hf_noneuclid.experiments.common import History, series
 
 Losses = Sequence[float | None]
-SAME_RATE = 0.1  # decades within which a learning rate of the grid stands for the one asked for
-ENOUGH_SEEDS = 3  # fewer say nothing about the paper's figures
+SAME_RATE = 0.1  # decades within which a learning rate of the grid counts as the wanted one
+ENOUGH_SEEDS = 3  # with fewer there is no verdict
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class Basin:
     """The learning rates at which a curve is below a threshold.
 
     Attributes:
-        width: decades, summed over the intervals.
-        intervals: first and last learning rate of each.
-        at_least: the basin reaches an end of the grid or a hole, so the true width may be larger.
+        width: Decades, summed over the intervals.
+        intervals: First and last learning rate of each.
+        at_least: Whether the basin reaches an end of the grid or a gap, so that the true width may be larger.
     """
 
     width: float
@@ -38,14 +37,15 @@ class Basin:
 
 
 def basin(rates: Sequence[float], losses: Losses, threshold: float) -> Basin:
-    """Return where the curve, interpolated linearly in the logarithm of the learning rate, is low enough.
+    """The learning rates at which the curve is at or below a threshold.
 
-    Nothing is interpolated towards a diverged neighbour or a hole: there the basin ends at the grid point.
+    The loss is interpolated linearly in the logarithm of the learning rate, but not towards a diverged
+    neighbour or a gap: there the basin ends at the grid point.
 
     Args:
-        rates: learning rates, rising.
-        losses: one for each.
-        threshold: the highest loss that counts, in nats per token.
+        rates: Learning rates, rising.
+        losses: One for each.
+        threshold: The highest loss that counts, in nats per token.
     """
     places = [math.log10(rate) for rate in rates]
     merged: list[tuple[float, float]] = []
@@ -55,7 +55,8 @@ def basin(rates: Sequence[float], losses: Losses, threshold: float) -> Basin:
         else:
             merged.append((low, high))
     width = sum(high - low for low, high in merged)
-    intervals = tuple((_rate(low), _rate(high)) for low, high in merged)
+    # Six digits: the others come from the logarithm.
+    intervals = tuple((float(f"{10**low:.6g}"), float(f"{10**high:.6g}")) for low, high in merged)
     return Basin(width, intervals, _is_cut_off(losses, threshold))
 
 
@@ -81,35 +82,29 @@ def _is_cut_off(losses: Losses, threshold: float) -> bool:
     )
 
 
-def _rate(place: float) -> float:
-    """Return the learning rate without the digits that taking the logarithm made."""
-    return float(f"{10**place:.6g}")
-
-
 def best_index(losses: Losses) -> int | None:
-    """Return where the loss is lowest, None if no run ended with a finite loss."""
-    finite = [i for i, loss in enumerate(losses) if loss is not None and math.isfinite(loss)]
-    return min(finite, key=lambda i: losses[i], default=None)
+    """The place of the lowest loss; None if no run ended with a finite loss."""
+    finite = [(loss, i) for i, loss in enumerate(losses) if loss is not None and math.isfinite(loss)]
+    return min(finite)[1] if finite else None
 
 
 def regret(losses: Losses, best: int | None) -> list[float | None]:
-    """Return the loss minus that at the curve's best place, in nats, for each learning rate."""
-    if best is None:
-        return [None] * len(losses)
-    return [None if loss is None else loss - losses[best] for loss in losses]
+    """The loss minus the loss at the curve's best place, in nats, for each learning rate."""
+    lowest = None if best is None else losses[best]
+    return [None if loss is None or lowest is None else loss - lowest for loss in losses]
 
 
 def robustness(rates: Sequence[float], losses: Losses, best: int | None) -> tuple[float | None, bool]:
-    """Return the largest regret within a decade of the curve's best learning rate, on either side.
+    """The largest regret within a decade of the curve's best learning rate, on either side.
 
     Args:
-        rates: learning rates, rising.
-        losses: one for each.
-        best: place of the best one.
+        rates: Learning rates, rising.
+        losses: One for each.
+        best: Place of the best one.
 
     Returns:
-        Nats per token (infinity if a run there diverged, None without a best), and whether it may be larger:
-        the grid has no point a decade away on one of the sides, or a hole before.
+        Nats per token (infinity if a run there diverged, None without a best one), and whether it may be
+        larger, because the grid has no point a decade away on one side, or a gap before it.
     """
     if best is None:
         return None, False
@@ -121,44 +116,52 @@ def robustness(rates: Sequence[float], losses: Losses, best: int | None) -> tupl
 
 
 def nearest(rates: Sequence[float], wanted: float) -> int | None:
-    """Return which learning rate of the grid is the wanted one, None if all are too far from it."""
+    """The place of the wanted learning rate in the grid; None if all are too far from it."""
     distances = [abs(math.log10(rate / wanted)) for rate in rates]
     closest = min(range(len(rates)), key=distances.__getitem__, default=None)
     return None if closest is None or distances[closest] > SAME_RATE else closest
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and the sample standard deviation, None of a single value."""
+    """The mean and the sample standard deviation, which is None for a single value."""
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
-def within(best: float, fraction: float) -> float:
-    """Return the loss that is worse than the best by a fraction of it."""
-    return best + fraction * abs(best)
-
-
 def steps_to(history: History, target: float) -> int | None:
-    """Return the step of the first evaluation with a loss at or below the target, None without one."""
+    """The step of the first evaluation with a loss at or below the target; None if there is none."""
     evaluations = zip(*series(history, "eval_loss"), strict=True)
     return next((step for step, loss in evaluations if loss <= target), None)
 
 
-def verdict(losses: Sequence[float], mean: float, std: float, tolerance: float = 0.0) -> dict[str, Any]:
-    """Hold our final losses against a published mean.
+@dataclass(frozen=True)
+class Verdict:
+    """Our final losses compared with a published mean, in nats per token.
+
+    Attributes:
+        word: reproduced, not reproduced, or not run (under three seeds).
+        difference: Our mean minus the published one.
+        allowed: The largest difference that counts as reproduced.
+    """
+
+    word: str
+    difference: float | None = None
+    allowed: float | None = None
+
+
+def verdict(losses: Sequence[float], mean: float, std: float, tolerance: float = 0.0) -> Verdict:
+    """Compares our final losses, one for each seed at the best learning rate, with a published mean.
 
     Args:
-        losses: one for each seed, at the best learning rate, in nats per token.
-        mean: the published mean.
-        std: its standard deviation over seeds.
-        tolerance: difference allowed on top of two standard deviations, in nats per token.
-
-    Returns:
-        `difference`, `allowed`, and `verdict`: reproduced, not reproduced, or not run (under three seeds).
+        losses: Our losses, in nats per token.
+        mean: The published mean.
+        std: Its standard deviation over seeds.
+        tolerance: Difference that is allowed beyond two standard deviations, in nats per token.
     """
-    ours, spread = mean_std(losses) if losses else (None, None)
-    difference = None if ours is None else ours - mean
-    if ours is None or len(losses) < ENOUGH_SEEDS:
-        return {"difference": difference, "allowed": None, "verdict": "not run"}
+    if not losses:
+        return Verdict("not run")
+    ours, spread = mean_std(losses)
+    difference = ours - mean
+    if len(losses) < ENOUGH_SEEDS:
+        return Verdict("not run", difference)
     allowed = 2 * math.hypot(spread or 0.0, std) + tolerance
-    word = "reproduced" if abs(difference) <= allowed else "not reproduced"
-    return {"difference": difference, "allowed": allowed, "verdict": word}
+    return Verdict("reproduced" if abs(difference) <= allowed else "not reproduced", difference, allowed)

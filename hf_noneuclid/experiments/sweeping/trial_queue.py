@@ -1,199 +1,161 @@
-"""The queue of a sweep: which run a worker takes next, and who takes up the run of a worker that died.
+"""The queue of a sweep: which run a worker does next.
 
-Any number of workers, on any hosts, share a queue through the study's storage. Nothing but the claiming of a
-trial is atomic there, so two workers may enqueue one run twice. Of the trials of a run the lowest number that
-is alive wins; whoever claims another one drops it.
+Any number of workers on any hosts share a queue through the study's storage. Optuna keeps the queue, gives
+each trial to one worker, and finds dead workers by their missing heartbeat. Two workers may still enqueue the
+same run: the trial with the lower number counts, and the other one is dropped.
 """
 
-import contextlib
-import socket
+import math
 import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import warnings
+from collections.abc import Callable
 
 import optuna
-import psutil
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
-from hf_noneuclid.experiments.sweeping.study import (
-    FAILURES,
-    by_run,
-    distributions,
-    failures,
-    history_attributes,
-    parameters,
-    results,
-    state_of,
-)
-from hf_noneuclid.experiments.sweeping.suite import Run, Suite
+from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.sweeping.study import by_run, outcome_attributes, results
+from hf_noneuclid.experiments.sweeping.suite import Result, Run, Suite
 
-HEARTBEAT = 20.0  # seconds
-STALE = 90.0  # seconds without a heartbeat after which a worker is dead
+POLL = 2.0  # seconds between looks at a queue that is empty while runs are under way elsewhere
 ALIVE = (TrialState.RUNNING, TrialState.WAITING)
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one attempt at a run ended.
-
-    Attributes:
-        state: `done` and `diverged` are results, `refused` is bad input, `interrupted` is to be repeated.
-        loss: final validation loss in nats per token, when done.
-        diverged_at: step.
-        seconds: wall clock, start-up included.
-        metrics: of metrics.json; of a failure, its `reason`.
-        history: the Trainer's log history.
-    """
-
-    state: str
-    loss: float | None = None
-    diverged_at: int | None = None
-    seconds: float | None = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
+Execute = Callable[[Run, threading.Event, int], Result | None]
+"""Does a run until the event is set; takes the slot of the worker. None: the run was stopped."""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A run that is this worker's to do."""
-
-    run: Run
-    trial: Trial
+class _NoLossError(Exception):
+    """Makes Optuna mark the trial as failed: the run failed or was stopped."""
 
 
 class TrialQueue:
-    """The queue of one study, as one process sees it; its threads may share it.
+    """The queue of one study in one process; its threads may share it.
 
-    Args:
-        study: with a suite.
-        suite: of the study.
-        stale: seconds without a sign of life after which another host's worker counts as dead.
+    Runs that were interrupted return to it; runs that failed do not, unless the user asks for it.
     """
 
-    def __init__(self, study: optuna.Study, suite: Suite, stale: float = STALE) -> None:
-        self.study, self.suite, self._stale = study, suite, stale
-        self._distributions = distributions(suite)
-        self._lock = threading.RLock()
-        self._own: set[int] = set()
-        self._seen: dict[int, tuple[Any, float]] = {}
+    def __init__(self, study: optuna.Study, suite: Suite) -> None:
+        self.study, self.suite = study, suite
+        self.study.sampler = optuna.samplers.RandomSampler()  # every parameter is set; nothing is sampled
+        self._lock = threading.Lock()
+        runs = suite.possible_runs()
+        self._curves = list(dict.fromkeys(run.label for run in runs))
+        rates, seeds = [run.learning_rate for run in runs], [run.seed for run in runs]
+        self._rates, self._seeds = (min(rates), max(rates)), (min(seeds), max(seeds))
 
-    def claim(self) -> Claim | None:
-        """Take the next run: None if there is nothing to take now."""
+    def refill(self) -> bool:
+        """Enqueues the runs that are wanted, not ended and not in the queue; says whether any run waits."""
         with self._lock:
-            self.take_up()
-            self.refill()
-            while self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                trial = self.study.ask(self._distributions)
-                self._own.add(trial.number)
-                key = trial.user_attrs.get("run")
-                if key is not None and not self._is_taken(trial.number, key):
-                    return Claim(self._sign(trial, key), trial)
-                self.study.tell(trial, state=TrialState.PRUNED)  # a duplicate, or the queue was empty by now
-            return None
-
-    def refill(self) -> None:
-        """Enqueue the runs that are wanted and neither ended nor in the queue."""
-        trials = by_run(self.study.get_trials(deepcopy=False))
-        for run in self.suite.wanted(results(self.study)):
-            known = trials.get(run.key, [])
-            if state_of(known) == "waiting" and not any(trial.state in ALIVE for trial in known):
-                self.study.enqueue_trial(parameters(run), user_attrs={"run": run.key})
+            found = results(self.study)
+            states = {result.run: result.state for result in found}
+            queued = by_run(self._trials(TrialState.WAITING))
+            for run in self.suite.wanted(found):
+                if states.get(run, "waiting") == "waiting" and run.key not in queued:
+                    self._enqueue(run)
+            return bool(self._trials(TrialState.WAITING))
 
     def retry_failed(self) -> None:
-        """Enqueue the runs that failed, as if they never had."""
+        """Enqueues the runs that failed."""
         for result in results(self.study):
             if result.state == "failed":
-                attributes = {"run": result.run.key, "again": True}
-                self.study.enqueue_trial(parameters(result.run), user_attrs=attributes)
+                self._enqueue(result.run)
 
-    def take_up(self) -> None:
-        """Give back the runs of workers that died; their orphaned processes on this host are ended."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.number not in self._own and self._is_dead(trial):
-                end_orphans(trial.user_attrs.get("worker", {}), trial.user_attrs.get("process", {}))
-                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    def attempt(self, execute: Execute, stop: threading.Event, slot: int) -> Result | None:
+        """Does the next run and stores its outcome; None if it was stopped or there was none.
+
+        Raises:
+            InputError: The recipe refuses its input, and no run has ended yet: all would be refused.
+        """
+        result: Result | None = None
+        taken_away = False
+
+        def objective(trial: Trial) -> float:
+            nonlocal result, taken_away
+            key = trial.user_attrs.get("run")
+            if key is None or self._is_duplicate(trial.number, key):  # None: another worker took the last one
+                raise optuna.TrialPruned
+            self._describe(trial)
+            result = execute(Run.from_key(key), stop, slot)
+            if result is None:
+                raise _NoLossError
+            if result.state == "refused" and not self._has_results():
+                raise InputError(
+                    f"{result.run.label}: the recipe refuses its input; {result.metrics['reason']}"
+                )
+            try:
+                for name, value in outcome_attributes(result).items():
+                    trial.set_user_attr(name, value)
+            except RuntimeError:  # the trial is finished already, in every version of Optuna
+                taken_away = True
+            if taken_away or result.state in ("failed", "refused"):
+                raise _NoLossError
+            return math.inf if result.loss is None else result.loss
+
+        try:
+            self.study.optimize(objective, n_trials=1, catch=(_NoLossError,))
+        except ValueError:
+            # We were silent for so long that another worker took the run over: its outcome is not ours.
+            if not taken_away:
+                raise
+        return result
 
     def busy(self) -> bool:
-        """Say whether runs are under way or waiting, here or elsewhere."""
+        """Whether a run is under way here or elsewhere. The runs of dead workers return to the queue."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self.study)
         return any(result.state in ("running", "waiting") for result in results(self.study))
 
-    def renew(self, claim: Claim, process: Mapping[str, Any] | None = None) -> bool:
-        """Show that a run is alive; False if it has been taken away, and must be given up.
+    def _trials(self, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+        return list(self.study.get_trials(deepcopy=False, states=states))
 
-        Args:
-            claim: the run.
-            process: `group`, output `folder` and `cwd` of what runs, once it does.
-        """
-        try:
-            if process is not None:
-                claim.trial.set_user_attr("process", dict(process))
-            claim.trial.set_user_attr("heartbeat", time.time())
-        except RuntimeError:  # in every version of Optuna what the change of a finished trial raises
-            return False
-        return True
+    def _enqueue(self, run: Run) -> None:
+        parameters = {"curve": run.label, "learning_rate": run.learning_rate, "seed": run.seed}
+        self.study.enqueue_trial(parameters, user_attrs={"run": run.key})
 
-    def finish(self, claim: Claim, outcome: Outcome) -> None:
-        """Store how an attempt ended; what was taken away meanwhile is dropped."""
-        values = {
-            "outcome": outcome.state,
-            "seconds": outcome.seconds,
-            "diverged_at": outcome.diverged_at,
-            "metrics": dict(outcome.metrics),
-            **history_attributes(outcome.history),
-        }
-        value = {"done": outcome.loss, "diverged": float("inf")}.get(outcome.state)
-        state = TrialState.FAIL if value is None else TrialState.COMPLETE
-        try:
-            for key, content in values.items():
-                claim.trial.set_user_attr(key, content)
-        except RuntimeError:  # as above
-            return
-        self.study.tell(claim.trial, value, state=state, skip_if_finished=True)
+    def _describe(self, trial: Trial) -> None:
+        """Stores the run as parameters, which Optuna's own tools show."""
+        trial.suggest_categorical("curve", self._curves)
+        trial.suggest_float("learning_rate", *self._rates, log=True)
+        trial.suggest_int("seed", *self._seeds)
 
-    def _sign(self, trial: Trial, key: str) -> Run:
-        process = psutil.Process()
-        worker = {"host": socket.gethostname(), "pid": process.pid, "created": process.create_time()}
-        trial.set_user_attr("worker", worker)
-        return Run.from_key(key)
-
-    def _is_taken(self, number: int, key: str) -> bool:
+    def _is_duplicate(self, number: int, key: str) -> bool:
         trials = by_run(self.study.get_trials(deepcopy=False))[key]
         earlier = any(trial.number < number and trial.state in ALIVE for trial in trials)
-        ended = any(trial.state == TrialState.COMPLETE for trial in trials)
-        return earlier or ended or failures(trials) >= FAILURES
+        return earlier or any(trial.state == TrialState.COMPLETE for trial in trials)
 
-    def _is_dead(self, trial: FrozenTrial) -> bool:
-        """Judge by the process on this host; elsewhere by this host's clock, since clocks differ."""
-        worker, sign = trial.user_attrs.get("worker"), trial.user_attrs.get("heartbeat")
-        if worker and worker["host"] == socket.gethostname() and not _is_running(worker):
-            return True
-        now = time.monotonic()
-        if trial.number not in self._seen or self._seen[trial.number][0] != sign:
-            self._seen[trial.number] = (sign, now)
-        return now - self._seen[trial.number][1] > self._stale
+    def _has_results(self) -> bool:
+        return any(result.state in ("done", "diverged") for result in results(self.study))
 
 
-def end_orphans(worker: Mapping[str, Any], process: Mapping[str, Any]) -> None:
-    """Kill what a dead worker of this host left running.
+def run_worker(
+    queue: TrialQueue,
+    execute: Execute,
+    *,
+    stop: threading.Event,
+    slot: int = 0,
+    ended: Callable[[Result], None] = lambda result: None,
+    poll: float = POLL,
+) -> None:
+    """Works until every run of the suite has ended, here or on another host.
 
     Args:
-        worker: its `host`.
-        process: output `folder` of the run, which its command names, and `cwd`; numbers are used again.
+        queue: Gives the runs.
+        execute: Does a run.
+        stop: Once it is set, the run in hand is stopped and returns to the queue.
+        slot: Number of this worker on this host, from 0.
+        ended: Is called with the outcome of every run.
+        poll: Seconds between looks at an empty queue.
+
+    Raises:
+        InputError: The recipe refuses its input, and no run has ended yet.
     """
-    if worker.get("host") != socket.gethostname() or not process:
-        return
-    for candidate in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            named = any(process["folder"] in word for word in candidate.cmdline())
-            if named and candidate.cwd() == process["cwd"]:
-                candidate.kill()
-
-
-def _is_running(worker: Mapping[str, Any]) -> bool:
-    try:
-        process = psutil.Process(worker["pid"])
-        return process.create_time() == worker["created"] and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    while not stop.is_set():
+        if queue.refill():
+            result = queue.attempt(execute, stop, slot)
+            if result is not None:
+                ended(result)
+        elif queue.busy():
+            stop.wait(poll)
+        else:
+            return

@@ -1,0 +1,233 @@
+"""The report as Markdown, written from the numbers of results.json."""
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_noneuclid.experiments.common import markdown_table
+from hf_noneuclid.experiments.reporting.comparisons import (
+    lower_bound_section,
+    momo_table,
+    paper_section,
+    variants_section,
+)
+from hf_noneuclid.experiments.reporting.curves import Curve
+from hf_noneuclid.experiments.reporting.summary import STATES
+from hf_noneuclid.experiments.reporting.tables import band, loss, number, per_setting, rate
+from hf_noneuclid.experiments.sweeping.suite import as_text
+
+Numbers = Mapping[str, Any]
+"""A part of results.json."""
+
+CAPTIONS = {
+    "final_loss.png": "Final validation loss against learning rate: mean over seeds, with a band from the "
+    "lowest to the highest seed. Solid with Momo, dashed without. Marks above the top edge: crosses where a "
+    "seed diverged, triangles where the loss is too high for the figure. If the suite compares lower bounds "
+    "F*, there is a panel for each method and a line for each bound.",
+    "training.png": "Training and evaluation loss of each method with its best options, at its best learning "
+    "rate, mean over seeds.",
+    "step_size.png": "Step size τ (solid) and scheduled learning rate η (dashed) of the first seed, for each "
+    "method with its best options.",
+    "variants.png": "The variants: best final loss over learning rates, and regret at the highest of them.",
+}
+
+
+def markdown(summary: Numbers, curves: Sequence[Curve], figures: Sequence[str]) -> str:
+    """The whole report, from what ``summary.summarise`` gives and the names of the figures beside it."""
+    texts = [
+        _head(summary),
+        *(f"![{Path(name).stem}]({name})\n\n{CAPTIONS[name]}" for name in figures),
+        paper_section(summary["suite"]["report"], curves),
+        f"## Best final loss\n\n{_per_setting(summary, _best_table)}",
+        _basin_section(summary),
+        lower_bound_section(curves),
+        variants_section(curves),
+        f"## Final loss at each learning rate\n\n{_per_setting(summary, _losses)}",
+        f"## Regret at each learning rate\n\n{_per_setting(summary, _regrets)}",
+        _target_section(summary),
+        _ran_section(summary),
+    ]
+    return "\n\n".join(filter(None, texts)) + "\n"
+
+
+def _per_setting(summary: Numbers, make: Callable[[Numbers], str]) -> str:
+    return per_setting({setting["name"]: setting for setting in summary["settings"]}, make)
+
+
+def _head(summary: Numbers) -> str:
+    suite, ran = summary["suite"], summary["ran"]
+    lines = [f"# {suite['name']}", suite["about"]]
+    if ran["missing"]:
+        lines.append(
+            f"**Unfinished: {ran['missing']} of the {ran['wanted']} runs known so far are missing.** Means "
+            "are over the seeds that have ended. A learning rate without any is a gap in its curve. The "
+            "numbers below may change."
+        )
+    lines.append(
+        "Losses are in nats per token (of a classifier: per text), over the whole validation part at the end "
+        "of training. ± is the sample standard deviation over seeds. A learning rate at which a seed "
+        "diverged counts as an infinite loss. The best is chosen among the learning rates with the most "
+        "seeds; a single seed at another learning rate may have a lower loss."
+    )
+    if len(summary["settings"]) > 1:
+        lines.append(
+            f"The runs have {len(summary['settings'])} settings (options of the recipe). Losses of different "
+            "settings are not comparable: the best is always that of any method in the same setting."
+        )
+    return "\n\n".join(lines)
+
+
+# ---------------------------------------------------------------- measures
+
+
+def _best_table(setting: Numbers) -> str:
+    head = ("method", "best final loss", "seeds", "learning rate", "learning rates with a diverged seed")
+    rows = []
+    for curve in setting["curves"]:
+        best = curve["best"] or {}
+        gone = [rate(point["learning_rate"]) for point in curve["points"] if point["diverged"]]
+        cells = [number(best.get("seeds")), rate(best.get("learning_rate")), ", ".join(gone) or "-"]
+        rows.append([curve["label"], band(best.get("loss"), best.get("std")), *cells])
+    return markdown_table(head, rows)
+
+
+def _basin_section(summary: Numbers) -> str:
+    known = [setting for setting in summary["settings"] if setting["best_loss"] is not None]
+    if not known:
+        return ""
+    words = " and ".join(known[0]["curves"][0]["basins"])
+    where = "in the same setting" if len(summary["settings"]) > 1 else "here"
+    text = (
+        f"Basin width: decades of learning rate over which the final loss is within {words} of the best that "
+        f"any method reached {where}. Between grid points the loss is interpolated linearly in the logarithm "
+        "of the learning rate. It is not interpolated towards a learning rate that diverged: the basin ends "
+        "at the last good grid point. ≥: the basin reaches an end of the grid or a missing run. -: no run "
+        "has ended.\n\n"
+        "Robustness: the largest regret within a decade of the method's best learning rate, above or below. "
+        "Regret is the final loss minus the method's own best; it is negative where a learning rate with "
+        "fewer seeds has a lower loss. ≥: the grid has no point a decade away on one side, or a gap before "
+        "it. Regret at 10 and 30 times the best learning rate: - where the grid does not have it."
+    )
+    return f"## Robustness to the learning rate\n\n{text}\n\n{_per_setting(summary, _robustness_table)}"
+
+
+def _robustness_table(setting: Numbers) -> str:
+    if setting["best_loss"] is None:
+        return "No run has ended with a finite loss."
+    basins = setting["curves"][0]["basins"]
+    head = ["method", *(f"basin, {fraction} (decades)" for fraction in basins)]
+    head += ["robustness: largest regret within a decade", "regret at 10x", "at 30x"]
+    rows = []
+    for curve in setting["curves"]:
+        worst, at_factor = curve["robustness"], curve["regret_at_factor"].values()
+        open_end = worst["at_least"] and worst["regret"] is not None and math.isfinite(worst["regret"])
+        cells = [*map(_basin, curve["basins"].values()), "≥ " * open_end + loss(worst["regret"])]
+        rows.append([curve["label"], *cells, *map(loss, at_factor)])
+    limits = ", ".join(f"{part} above it {loss(found['threshold'])}" for part, found in basins.items())
+    best = f"Best of any method: {loss(setting['best_loss'])}; {limits}."
+    return "\n\n".join(filter(None, [best, markdown_table(head, rows), momo_table(setting["curves"])]))
+
+
+def _basin(found: Numbers) -> str:
+    if found["decades"] is None:
+        return "-"
+    where = ", ".join(f"{low:.2g} to {high:.2g}" for low, high in found["learning_rates"])
+    return f"{'≥ ' * found['at_least']}{found['decades']:.2f}" + (f" ({where})" if where else "")
+
+
+def _losses(setting: Numbers) -> str:
+    return _by_rate(setting, _point)
+
+
+def _regrets(setting: Numbers) -> str:
+    return _by_rate(setting, lambda point: loss(point["regret"]))
+
+
+def _by_rate(setting: Numbers, cell: Callable[[Numbers], str]) -> str:
+    curves = setting["curves"]
+    rates = sorted({point["learning_rate"] for curve in curves for point in curve["points"]})
+    rows = []
+    for curve in curves:
+        cells = {point["learning_rate"]: cell(point) for point in curve["points"]}
+        rows.append([curve["label"], *(cells.get(value, "") for value in rates)])
+    return markdown_table(["method", *map(rate, rates)], rows)
+
+
+def _point(point: Numbers) -> str:
+    if not point["diverged"]:
+        return band(point["loss"], point["std"])
+    total = point["diverged"] + point["seeds"] + point["missing"]
+    steps = ", ".join(str(step) for step in point["diverged_at"] if step is not None)
+    which = f" ({point['diverged']} of {total})" if total > 1 else ""
+    return f"diverged{which}{f' at step {steps}' if steps else ''}"
+
+
+def _target_section(summary: Numbers) -> str:
+    def tables(setting: Numbers) -> str:
+        return "\n\n".join(_target_table(target) for target in setting["targets"] if target["curves"])
+
+    text = (
+        "The first evaluation with a loss at or below the target, at the best learning rate of each method: "
+        "mean over the seeds that reach it. Seconds are the part of the training time until then, without "
+        "start-up. They are as measured: runs that run at the same time share the machine."
+    )
+    found = _per_setting(summary, tables)
+    return f"## Time to a target loss\n\n{text}\n\n{found}" if found else ""
+
+
+def _target_table(target: Numbers) -> str:
+    head = ("method", f"seeds that reach {target['loss']:g}", "steps", "seconds")
+    rows = []
+    for way in target["curves"]:
+        reached = f"{way['reached']} of {way['seeds']}"
+        rows.append([way["label"], reached, number(way["steps"]), number(way["seconds"])])
+    return markdown_table(head, rows)
+
+
+# ---------------------------------------------------------------- provenance
+
+
+def _ran_section(summary: Numbers) -> str:
+    suite, ran = summary["suite"], summary["ran"]
+    counts = ", ".join(f"{ran['states'][state]} {state}" for state in STATES if state in ran["states"])
+    lines = [
+        f"- Command: `noneuclid sweep --suite {suite['name']}`",
+        f"- Runs: {counts}; {ran['missing']} of {ran['wanted']} missing",
+        f"- Hours: {ran['hours']:.2f}, summed over the runs whose time is known, start-up included",
+        *_facts("Hardware", map(_hardware, ran["hardware"])),
+        *_facts("Versions", map(_pairs, ran["versions"])),
+        *_facts("Corpus", map(_pairs, ran["corpus"])),
+        *_facts("Parameters", (f"{count:,}" for count in ran["parameters"])),
+        f"- Common options: {_pairs(suite['options'])}",
+        *(f"- Options of {method}: {_pairs(flags)}" for method, flags in suite["per_method"].items()),
+    ]
+    if ran["command"]:
+        command = shlex.join(["python", f"recipes/{suite['recipe']}.py", *map(str, ran["command"])])
+        lines.append(f"- The first run: `{command}`")
+    parts = ["## What was run", "\n".join(lines)]
+    if ran["failed"]:
+        head = ("method", "options", "learning rate", "seed", "reason")
+        parts.append(f"### Failed runs\n\n{markdown_table(head, map(_failed, ran['failed']))}")
+    return "\n\n".join(parts)
+
+
+def _failed(run: Numbers) -> list[str]:
+    options = _pairs({**run["method_options"], **run["options"]})
+    reason = " ".join(str(run["reason"]).split()).replace("|", "\\|")
+    return [run["method"], options, rate(run["learning_rate"]), str(run["seed"]), reason]
+
+
+def _facts(name: str, values: Iterable[str]) -> list[str]:
+    """One line for each value; runs that differ give several."""
+    return [f"- {name}: {value}" for value in values] or [f"- {name}: not recorded"]
+
+
+def _hardware(found: Numbers) -> str:
+    machine = ", ".join(filter(None, (found.get("gpu"), found.get("cpu"))))
+    return f"{machine}; threads {found.get('threads', '?')}, processes a run {found.get('processes', '?')}"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {as_text(value)}" for name, value in sorted(values.items())) or "-"

@@ -1,0 +1,144 @@
+"""The command of a run: its flags, its processes, and the devices that they use."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_noneuclid.experiments.common import InputError, recipes_folder
+from hf_noneuclid.experiments.sweeping.suite import Run, Suite, as_text
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the processes of a run are started.
+
+    Attributes:
+        processes: Processes of a run on this host.
+        accelerate_config: File for ``accelerate launch``, or None.
+        threads: OMP_NUM_THREADS of a process.
+        gpus: The GPUs that the runs share; empty on a CPU.
+    """
+
+    processes: int = 1
+    accelerate_config: str | None = None
+    threads: int = 1
+    gpus: tuple[str, ...] = ()
+
+    @property
+    def workers(self) -> int:
+        """The number of runs that fit on this host at a time."""
+        if self.gpus:
+            return max(1, len(self.gpus) // self.processes)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // (self.threads * self.processes))
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """The environment of a run; different slots use different GPUs while there are enough."""
+        values = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        if self.gpus:
+            count = len(self.gpus)
+            used = range(slot * self.processes, slot * self.processes + min(self.processes, count))
+            values["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[i % count] for i in used)
+        return values
+
+
+def choose_launch(suite: Suite, processes: int | None, config: str | None) -> Launch:
+    """How runs are started: as the suite says, unless the command line gives processes or a configuration.
+
+    Raises:
+        InputError: The accelerate configuration cannot be read.
+    """
+    config = config or suite.launch["accelerate_config"]
+    processes = processes or suite.launch["processes"]
+    if config is not None:
+        beside = recipes_folder().parent / config
+        config = str(beside) if beside.exists() and not Path(config).exists() else config
+        try:
+            content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+            processes = processes or int(content["num_processes"])
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise InputError(f"accelerate configuration {config}: {type(error).__name__}: {error}") from error
+    if processes in (None, 1):  # accelerate refuses to launch a single process as a distributed run
+        processes, config = 1, None
+    gpus = () if suite.options.get("use_cpu") else visible_gpus()
+    return Launch(processes, config, suite.launch["threads"], gpus)
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs that runs may use. It asks the driver, because importing torch takes seconds."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(name for name in chosen.split(",") if name and name != "-1")
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return tuple(str(i) for i, line in enumerate(listing.splitlines()) if line.startswith("GPU "))
+
+
+def recipe_flags(suite: Suite, run: Run, processes: int) -> dict[str, Any]:
+    """The flags of the recipe for a run.
+
+    Raises:
+        InputError: The global batch cannot be split evenly over so many processes.
+    """
+    flags = {"disable_tqdm": True, **suite.options, **suite.per_method.get(run.method, {}), **run.options}
+    pairs = [str(flags.pop("optim_args"))] if flags.get("optim_args") else []
+    pairs += [f"{name}={as_text(value)}" for name, value in run.method_options.items()]
+    if flags.get("global_batch_size") is not None:
+        flags["gradient_accumulation_steps"] = accumulation(flags, processes)
+    own = {"optim": run.method, "learning_rate": run.learning_rate, "seed": run.seed}
+    return {**own, **({"optim_args": ",".join(pairs)} if pairs else {}), **flags}
+
+
+def accumulation(flags: Mapping[str, Any], processes: int) -> int:
+    """The batches of a step that make the global batch the same on any number of devices.
+
+    Raises:
+        InputError: There is no such number, or the flags give another one.
+    """
+    total, batch = int(flags["global_batch_size"]), int(flags.get("per_device_train_batch_size", 8))
+    steps, rest = divmod(total, batch * processes)
+    if rest or steps == 0:
+        raise InputError(
+            f"global_batch_size {total} is not a multiple of {batch} (per_device_train_batch_size) "
+            f"x {processes} (processes): choose another --processes, or "
+            "--option per_device_train_batch_size=..."
+        )
+    given = flags.get("gradient_accumulation_steps")
+    if given not in (None, steps):
+        raise InputError(
+            f"gradient_accumulation_steps {given} does not give global_batch_size {total}: leave it out; "
+            f"the sweep computes it ({steps})"
+        )
+    return steps
+
+
+def as_arguments(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as command-line arguments; None leaves the recipe's default."""
+    arguments: list[str] = []
+    for name, value in flags.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(as_text, value)]
+        elif value is not None:
+            arguments += [f"--{name}={as_text(value)}"]
+    return arguments
+
+
+def launcher(suite: Suite, launch: Launch) -> list[str]:
+    """The start of a run's command, before its flags."""
+    script = str(recipes_folder() / f"{suite.recipe}.py")
+    if launch.processes == 1 and launch.accelerate_config is None:
+        return [sys.executable, script]
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={launch.processes}"]
+    if launch.accelerate_config:
+        command += [f"--config_file={launch.accelerate_config}"]
+    else:  # "multi_gpu" is accelerate's word for torchrun, which starts processes on CPUs as well
+        command += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    return [*command, "--main_process_port=0", script]
