@@ -211,6 +211,7 @@ def test_the_card_says_what_was_done(pushed):
     card = ModelCard(files["README.md"].decode())
     assert files["curves.png"].startswith(b"\x89PNG")
     for words in (
+        "# tiny\n",
         "](curves.png)",
         metrics["corpus"]["train_sha256"],
         metrics["versions"]["torch"],
@@ -361,7 +362,14 @@ def test_pushing_again_changes_nothing_and_another_run_is_refused(hub, run, tmp_
     flags = ["--folder", other, "--hub_model_id", "me/tiny"]
     assert "--overwrite_hub_model" in refused(capsys, publish.main, *flags)
     assert hub.files("models/me/tiny") == before
-    hub.add("models/me/tiny", {"pytorch_model.bin": b"of another model"})
+    (other / "checkpoint-2").mkdir()
+    shutil.copy(run / "model.safetensors", other / "checkpoint-2")  # as if the run had gone on from there
+    publish.main([*map(str, flags)])
+    assert hub.files("models/me/tiny")["model.safetensors"] == b"other weights"
+
+    shutil.rmtree(other / "checkpoint-2")
+    hub.add("models/me/tiny", {"model.safetensors": b"a", "pytorch_model.bin": b"of another model"})
+    assert "--overwrite_hub_model" in refused(capsys, publish.main, *flags)
     publish.main([*map(str, flags), "--overwrite_hub_model"])
     after = hub.files("models/me/tiny")
     assert after["model.safetensors"] == b"other weights"
@@ -508,6 +516,16 @@ def test_a_study_goes_on_where_its_push_was_interrupted(hub, study, capsys):
     publish.main(shlex.split(message.splitlines()[-1])[2:])  # without `noneuclid publish`
     after = {name: repo.commits for name, repo in hub.repos.items()}
     assert after == {**before, "datasets/me/tiny-runs": ["Push all runs"]}
+
+
+def test_a_dataset_that_holds_something_else_is_refused(hub, study, capsys):
+    hub.add("datasets/me/tiny-runs", {"train.csv": b"1,2"})
+    flags = ["--study", str(study), "--namespace", "me"]
+    assert "me/tiny-runs holds something else already (train.csv" in refused(capsys, publish.main, *flags)
+    assert not any(repo.commits for repo in hub.repos.values())
+    publish.main([*flags, "--overwrite_hub_model"])
+    assert "train.csv" not in hub.files("datasets/me/tiny-runs")
+    publish.main(flags)  # a study may be pushed again
 
 
 def test_a_study_without_its_models_says_how_to_make_them(hub, study, capsys):

@@ -68,7 +68,6 @@ def upload(folder: Path, target: Target, message: str, later: Sequence[str]) -> 
 
     Args:
         folder: What to push. Checkpoints and files that begin with ``.`` or ``_`` are left out.
-        target: Where to.
         message: Summary of the commit.
         later: Arguments of ``noneuclid`` that push the same another time.
 
