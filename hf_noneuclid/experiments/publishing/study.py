@@ -50,8 +50,7 @@ def publish_study(
     """
     study = open_study(storage or default_storage(folder), name)
     suite, found = suite_of(study), results(study)
-    report(suite, found, folder / "report")
-    summary = json.loads((folder / "report" / "results.json").read_text(encoding="utf-8"))
+    summary, verdict = _report(suite, found, folder / "report")
     best = _best_runs(summary, found)
     folders = {method: run_folder(folder, result.run) for method, (result, _) in best.items()}
     _check_models(suite, best, folders)
@@ -59,7 +58,7 @@ def publish_study(
     prefix = f"{namespace.repo_id}/{suite.name}"
     targets = {method: replace(namespace, repo_id=f"{prefix}-{method}") for method in best}
     dataset = replace(namespace, repo_id=f"{prefix}-runs", kind="dataset")
-    text = {"about": suite.about, "models": _model_table(best, targets), "verdict": paper_section(summary)}
+    text = {"about": suite.about, "models": _model_table(best, targets), "verdict": verdict}
     staged = folder / "hub"
     _write_runs(staged, folder, summary, found)
     _write_card(staged, dataset, suite, text)
@@ -71,6 +70,13 @@ def publish_study(
         comparison = _comparison(summary, method, best[method][0], dataset, text)
         push_run(folders[method], target, comparison, later)
     upload(staged, dataset, "Push all runs", later)
+
+
+def _report(suite: Suite, found: Sequence[Result], folder: Path) -> tuple[Summary, str]:
+    """Writes the report, and returns its numbers and the Markdown that compares the runs with the paper's."""
+    report(suite, found, folder)
+    summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return summary, paper_section(summary)
 
 
 def _best_runs(summary: Summary, found: Sequence[Result]) -> Best:
