@@ -17,8 +17,7 @@ from hf_noneuclid.experiments.secrets import scrub
 
 # The Trainer pushes checkpoints itself, as --hub_strategy says. run.json is a note of the sweep to itself.
 NOT_PUSHED = ["checkpoint-*", "_*", ".*", "run.json"]
-WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")
-"""What ``from_pretrained`` loads."""
+WEIGHTS = ("model*.safetensors", "adapter_model.safetensors")  # what from_pretrained loads
 # An older push may have left these under other names, and they would be mixed with the new ones.
 REPLACED = (*WEIGHTS, "model.safetensors.index.json", "adapter_*")
 
@@ -68,6 +67,7 @@ def upload(folder: Path, target: Target, message: str, later: Sequence[str]) -> 
 
     Args:
         folder: What to push. Checkpoints and files that begin with ``.`` or ``_`` are left out.
+        target: Where to.
         message: Summary of the commit.
         later: Arguments of ``noneuclid`` that push the same another time.
 

@@ -54,6 +54,8 @@ def push_run(folder: Path, target: Target, comparison: str = "", later: Sequence
     """Writes the card of a run, and pushes its folder to a repository that is there already.
 
     Args:
+        folder: Holds the model and metrics.json.
+        target: Where to.
         comparison: Markdown for the card that compares the run with others.
         later: Arguments of ``noneuclid`` that push it another time; by default those for this folder.
 

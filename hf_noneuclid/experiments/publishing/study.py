@@ -26,8 +26,6 @@ from hf_noneuclid.experiments.sweeping.study import Result, default_storage, ope
 from hf_noneuclid.experiments.sweeping.suite import Suite
 from hf_noneuclid.experiments.sweeping.sweep_folder import run_folder
 
-Summary = Mapping[str, Any]
-"""What results.json of a report holds."""
 Best = Mapping[str, tuple[Result, Mapping[str, Any]]]
 """The best run of each method, and the losses of its learning rate as in results.json."""
 
@@ -72,14 +70,14 @@ def publish_study(
     upload(staged, dataset, "Push all runs", later)
 
 
-def _report(suite: Suite, found: Sequence[Result], folder: Path) -> tuple[Summary, str]:
+def _report(suite: Suite, found: Sequence[Result], folder: Path) -> tuple[Mapping[str, Any], str]:
     """Writes the report, and returns its numbers and the Markdown that compares the runs with the paper's."""
     report(suite, found, folder)
     summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return summary, paper_section(summary)
 
 
-def _best_runs(summary: Summary, found: Sequence[Result]) -> Best:
+def _best_runs(summary: Mapping[str, Any], found: Sequence[Result]) -> Best:
     """The run with the lowest loss at the best learning rate of each method, the best method first."""
     curves = [curve for setting in summary["settings"] for curve in setting["curves"] if curve["best"]]
     best: dict[str, tuple[Result, Mapping[str, Any]]] = {}
@@ -108,10 +106,7 @@ def _check_models(suite: Suite, best: Best, folders: Mapping[str, Path]) -> None
         )
 
 
-# ------------------------------------------------------------------------------------ the dataset
-
-
-def _write_runs(staged: Path, study: Path, summary: Summary, found: Sequence[Result]) -> None:
+def _write_runs(staged: Path, study: Path, summary: Mapping[str, Any], found: Sequence[Result]) -> None:
     """Writes all runs, with their logs and curves and the report, into an empty folder."""
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(study / "report", staged / "report")
@@ -161,11 +156,8 @@ def _write_card(staged: Path, target: Target, suite: Suite, text: Mapping[str, s
     card.save(staged / "README.md")
 
 
-# ------------------------------------------------------------------------------------ text for cards
-
-
 def _comparison(
-    summary: Summary, method: str, result: Result, dataset: Target, text: Mapping[str, str]
+    summary: Mapping[str, Any], method: str, result: Result, dataset: Target, text: Mapping[str, str]
 ) -> str:
     """Markdown that compares a model with the others of its suite."""
     missing = summary["ran"]["missing"]
