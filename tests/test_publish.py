@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -461,7 +462,7 @@ def study(pushed, tmp_path):
     )
     opened = open_study(default_storage(folder), suite.name, suite=suite)
     opened.set_user_attr("id", "abc")
-    opened.set_user_attr("suite", suite.to_dict())
+    opened.set_user_attr("suite", asdict(suite))
     queue = TrialQueue(opened, suite)
     while (claim := queue.claim()) is not None:
         loss = LOSSES[claim.run.method, claim.run.learning_rate]

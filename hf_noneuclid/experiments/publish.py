@@ -4,9 +4,8 @@
     noneuclid publish --study outputs/mini --namespace me
 
 The first does later what --push_to_hub of the recipes does at once. The second pushes the best model of
-each method as <suite>-<method>, and all runs with the report as the dataset <suite>-runs, linked to one
-another. It needs the models, which a sweep keeps with --keep_models. After a failure, start the same
-command again: it sends only what is missing.
+each method as <suite>-<method> and all runs as the dataset <suite>-runs. It needs the models: a sweep keeps
+them with --keep_models. After a failure, start the same command again: it sends only what is missing.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from hf_noneuclid.experiments.publishing.model import push_run
 from hf_noneuclid.experiments.report import report
 from hf_noneuclid.experiments.reporting.report_comparisons import paper_section
 from hf_noneuclid.experiments.reporting.report_format import band, rate
+from hf_noneuclid.experiments.reporting.summary import summarise
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.sweeping.study import Result, default_storage, open_study, results, suite_of
 from hf_noneuclid.experiments.sweeping.suite import Suite
@@ -73,7 +74,7 @@ def publish_study(
 def _report(suite: Suite, found: Sequence[Result], folder: Path) -> tuple[Mapping[str, Any], str]:
     """Writes the report, and returns its numbers and the Markdown that compares the runs with the paper's."""
     report(suite, found, folder)
-    summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    summary, _ = summarise(suite, found)
     return summary, paper_section(summary)
 
 
@@ -149,7 +150,7 @@ def _write_card(staged: Path, target: Target, suite: Suite, text: Mapping[str, s
         suite=suite.name,
         figures=sorted(path.name for path in (staged / "report").glob("*.png")),
         repo_id=target.repo_id,
-        definition=yaml.safe_dump(scrub(suite.to_dict()), sort_keys=False).strip(),
+        definition=yaml.safe_dump(scrub(asdict(suite)), sort_keys=False).strip(),
         citations=CITATIONS,
         **text,
     )
