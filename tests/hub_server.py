@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlparse
 import yaml
 
 LARGE = (".safetensors", ".bin", ".pt", ".png")
+FIRST_COMMIT = "0" * 40  # of every repository; it holds an empty .gitattributes
 
 
 @dataclass
@@ -206,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, name, revision="main"):
         repo, branch = self._branch(name, revision)
-        files = [{"rfilename": path} for path in repo.branches[branch]]
+        files = [{"rfilename": p, **_blob(p, content)} for p, content in repo.branches[branch].items()]
         repo_id = name.partition("/")[2]
         kept = {"private": repo.private, "sha": repo.sha(branch), "siblings": files}
         self._json({"id": repo_id, "modelId": repo_id, **kept})
@@ -221,8 +222,14 @@ class _Handler(BaseHTTPRequestHandler):
         branches = self._repo(name).branches
         if revision in branches:
             raise _Error(409, "Reference already exists")
-        branches[revision] = dict(branches["main"])
+        first = json.loads(self.body or b"{}").get("startingPoint") == FIRST_COMMIT
+        branches[revision] = {".gitattributes": b""} if first else dict(branches["main"])
         self._json({})
+
+    def commits(self, name, revision):
+        ids = [f"{i:040}" for i in range(len(self._repo(name).commits), -1, -1)]  # the newest first
+        date = "2025-01-01T00:00:00.000Z"
+        self._json([{"id": i, "authors": [], "date": date, "title": "", "message": ""} for i in ids])
 
     def tree(self, name, revision, folder=None):
         repo, branch = self._branch(name, revision)
@@ -311,6 +318,12 @@ def _oid(path, content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def _blob(path, content):
+    """What the Hub says of a file; of a large one, also its hash."""
+    lfs = {"lfs": {"sha256": _oid(path, content), "size": len(content), "pointerSize": 130}}
+    return {"size": len(content), "blobId": "1" * 40, **(lfs if path.endswith(LARGE) else {})}
+
+
 def _metadata_errors(head):
     """What the Hub requires of the results in a card's head."""
     errors = []
@@ -334,6 +347,7 @@ _ROUTES = [
     ("GET", rf"/api/{_NAME}/revision/{_REVISION}", _Handler.info),
     ("GET", rf"/api/{_NAME}/auth-check/write", _Handler.auth_check),
     ("POST", rf"/api/{_NAME}/branch/{_REVISION}", _Handler.branch),
+    ("GET", rf"/api/{_NAME}/commits/{_REVISION}", _Handler.commits),
     ("GET", rf"/api/{_NAME}/tree/{_REVISION}", _Handler.tree),
     ("GET", rf"/api/{_NAME}/tree/{_REVISION}/(?P<folder>.+)", _Handler.tree),
     ("POST", rf"/api/{_NAME}/preupload/{_REVISION}", _Handler.preupload),

@@ -1,149 +1,104 @@
-"""What must hold on the Hub before anything is trained for it."""
+"""What must hold on the Hub before anything is trained for it or pushed to it."""
 
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import get_token
+from transformers import TrainingArguments
 
 from hf_noneuclid.experiments.common import InputError
-from hf_noneuclid.experiments.publishing.hub import (
-    Repository,
-    connect,
-    read_origin,
-    reason,
-    remote_files,
-    remote_origin,
-)
-from hf_noneuclid.experiments.training.options import RecipeArguments
+from hf_noneuclid.experiments.publishing.hub import WEIGHTS, Target, connect, reason
 
-NO_CONTENT = {".gitattributes", ".gitignore", "README.md", "LICENSE"}  # what makes no repository a model's
-WRITERS = ("admin", "write", "contributor")
+NO_CONTENT = {".gitattributes", ".gitignore", "README.md", "LICENSE"}
+"""A repository that holds only these is as good as empty."""
 
 
-def check_hub(args: RecipeArguments) -> None:
-    """See whether a run with --push_to_hub will be able to push; completes `args.hub_model_id`.
+def check_hub(args: TrainingArguments) -> None:
+    """Makes the repository of a run with ``--push_to_hub``, so that a run that cannot push does not begin.
 
-    Asks the Hub on the first process alone, and writes nothing.
+    Only the first process asks the Hub. ``args.hub_model_id`` gets its namespace.
 
     Raises:
-        InputError: no token, no right to the repository, another model in it, or no Hub.
+        InputError: There is no token, no right to the repository, another model in it, or no Hub.
     """
     if not args.push_to_hub or args.process_index != 0:
         return
-    folder = Path(args.output_dir)
-    name = args.hub_model_id or folder.absolute().name
-    repository = check_repository(
-        Repository(name, private=args.hub_private_repo, revision=args.hub_revision),
-        None if args.resume_from_checkpoint is None else read_origin(folder),
-        args.overwrite_hub_model,
+    resumed = Path(args.output_dir) if args.resume_from_checkpoint else None
+    args.hub_model_id = make_ready(target_of(args), resumed).repo_id
+
+
+def target_of(args: TrainingArguments) -> Target:
+    """The repository that a recipe's arguments name; without a name it is called like the output folder."""
+    return Target(
+        args.hub_model_id or Path(args.output_dir).absolute().name,
+        private=args.hub_private_repo,
+        revision=args.hub_revision,
+        overwrite=args.overwrite_hub_model,
+        license=args.hub_license,
     )
-    args.hub_model_id = repository.repo_id
 
 
-def check_repository(repository: Repository, origin: str | None, overwrite: bool) -> Repository:
-    """See whether the user may push to a repository; returns it with its namespace.
+def make_ready(target: Target, folder: Path | None) -> Target:
+    """Makes the repository and the branch unless they are there, and checks that they may be pushed to.
+
+    A push replaces a model only if its weights are also in the folder that is pushed, as the model or in a
+    checkpoint. It replaces a dataset only if the folder has a file of the same name for each of its files.
 
     Args:
-        repository: may lack a namespace, which then is the user's.
-        origin: tells what will be pushed from anything else (`hub.write_origin`); None for something new.
-        overwrite: push to it whatever it holds.
+        target: May lack the namespace.
+        folder: What will be pushed; None for a run that begins anew, which may not replace anything.
+
+    Returns:
+        The target with its namespace.
 
     Raises:
-        InputError: no token, no right to the repository, other content in it, or no Hub.
+        InputError: There is no token, no right to the repository, other content in it, or no Hub.
     """
+    if get_token() is None:
+        raise InputError("pushing needs a token: log in with `hf auth login`, or set HF_TOKEN")
     api = connect()
-    user = _user(api)
-    name = repository.repo_id
-    repo_id = name if "/" in name else f"{user['name']}/{name}"
-    repository = Repository(repo_id, repository.kind, repository.private, repository.revision)
     try:
-        validate_repo_id(repo_id)
-        if _may_write(api, repository, user):
-            _check_content(api, repository, origin, overwrite)
-    except HFValidationError as error:
-        raise InputError(f"--hub_model_id {name}: {error}") from error
-    except InputError:
-        raise
-    except Exception as error:  # the Hub and the network
-        raise InputError(_unreachable(api, error)) from error
-    return repository
-
-
-def _user(api: HfApi) -> dict[str, Any]:
-    """Return who the token belongs to."""
-    if constants.is_offline_mode():
-        raise InputError("pushing needs the Hub, and HF_HUB_OFFLINE is set: unset it, or push later")
-    if not api.token:
+        made = api.create_repo(**target.where, private=target.private, exist_ok=True)
+        target = replace(target, repo_id=made.repo_id)
+        api.auth_check(**target.where, write=True)
+        if target.revision and not target.revision.startswith("refs/"):
+            # The first commit of a repository has no model that would be mixed with ours.
+            first = api.list_repo_commits(**target.where)[-1].commit_id
+            api.create_branch(**target.where, branch=target.revision, revision=first, exist_ok=True)
+        info: Any = api.repo_info(**target.where, revision=target.revision, files_metadata=True)
+    except Exception as error:  # the Hub, the network and the client raise many kinds
         raise InputError(
-            "pushing needs a token and there is none: log in with `hf auth login`, set HF_TOKEN, or give "
-            "--hub_token"
-        )
-    try:
-        user = api.whoami()
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            raise InputError(
-                f"the Hub does not accept the token ({reason(error)}): log in with `hf auth login`"
-            ) from error
-        raise InputError(_unreachable(api, error)) from error
-    except Exception as error:  # the network has exceptions of its own
-        raise InputError(_unreachable(api, error)) from error
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise InputError("the token may read only: pushing needs one with the role `write`")
-    return user
-
-
-def _unreachable(api: HfApi, error: BaseException) -> str:
-    return (
-        f"{api.endpoint} cannot be asked: {reason(error)}. Try again, or train without --push_to_hub and "
-        "push later with publish.py"
-    )
-
-
-def _may_write(api: HfApi, repository: Repository, user: dict[str, Any]) -> bool:
-    """Return whether the repository is there.
-
-    Raises:
-        InputError: the user may not write to it, or not make it, or it is public and should be private.
-    """
-    where = {"repo_id": repository.repo_id, "repo_type": repository.kind}
-    try:
-        info = api.repo_info(**where)
-    except RepositoryNotFoundError:
-        organisations = user.get("orgs", [])
-        own = {org["name"] for org in organisations if org.get("roleInOrg", "write") in WRITERS}
-        namespace = repository.repo_id.partition("/")[0]
-        if namespace not in {user["name"], *own}:
-            raise InputError(
-                f"{user['name']} may not make {repository.repo_id}: the namespace must be one of "
-                f"{', '.join([user['name'], *sorted(own)])}"
-            ) from None
-        return False
-    try:
-        api.auth_check(**where, write=True)
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403, 404):
-            raise
-        raise InputError(
-            f"{user['name']} has no right to write to {repository.repo_id} ({reason(error)}): give another "
-            "--hub_model_id"
+            f"cannot push to {target.repo_id} at {api.endpoint}: {reason(error)}. Check --hub_model_id, and "
+            "that your token may write there (`hf auth login`). Or train without --push_to_hub and push "
+            "later with `noneuclid publish`"
         ) from error
-    if repository.private and info.private is False:
+    if target.private and info.private is False:
         raise InputError(
-            f"{repository.repo_id} is public, and --hub_private_repo is for a repository that is made: make "
-            "it private in its settings, give another --hub_model_id, or leave --hub_private_repo out"
+            f"{target.repo_id} is public, and --hub_private_repo only makes new repositories private: change "
+            "the repository's settings, give another --hub_model_id, or leave --hub_private_repo out"
         )
-    return True
-
-
-def _check_content(api: HfApi, repository: Repository, origin: str | None, overwrite: bool) -> None:
-    content = set(remote_files(api, repository)) - NO_CONTENT
-    if not content or overwrite:
-        return
-    if origin is None or remote_origin(api, repository) != origin:
+    content = {file.rfilename: file for file in info.siblings if file.rfilename not in NO_CONTENT}
+    if content and not target.overwrite and not (folder and _is_held(content, folder, target.kind)):
         raise InputError(
-            f"{repository.repo_id} holds something else already ({min(content)}, ...): replace it with "
+            f"{target.repo_id} holds something else already ({min(content)}, ...): replace it with "
             "--overwrite_hub_model, or give another --hub_model_id or --hub_revision"
         )
+    return target
+
+
+def _is_held(content: Mapping[str, Any], folder: Path, kind: str) -> bool:
+    """Whether a folder also holds what its push would replace."""
+    if kind == "dataset":
+        return all((folder / name).is_file() for name in content)
+    weights = [file for name, file in content.items() if any(fnmatch(name, item) for item in WEIGHTS)]
+    ours = {_sha256(path) for item in WEIGHTS for path in folder.glob(f"**/{item}")}
+    return bool(weights) and all(file.lfs and file.lfs.sha256 in ours for file in weights)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,200 +1,188 @@
-"""Publish a finished suite: the best checkpoint of each method, and all runs as a dataset, linked."""
+"""Pushes a finished study: the best model of each method, and all runs as a dataset, linked."""
 
+import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import optuna
-from huggingface_hub import constants
+import yaml
+from huggingface_hub import DatasetCard, DatasetCardData, constants
 
-from hf_noneuclid.experiments.common import InputError, PushError
-from hf_noneuclid.experiments.publishing.checks import check_repository
+from hf_noneuclid.experiments.common import InputError, finite, markdown_table, recipes_folder
+from hf_noneuclid.experiments.publishing.card import CITATIONS, HERE, PAPERS
+from hf_noneuclid.experiments.publishing.checks import make_ready
 from hf_noneuclid.experiments.publishing.facts import has_model
-from hf_noneuclid.experiments.publishing.hub import (
-    Repository,
-    connect,
-    create,
-    push_later,
-    read_origin,
-    upload,
-    write_origin,
-)
-from hf_noneuclid.experiments.publishing.model import push_folder
-from hf_noneuclid.experiments.publishing.study_dataset import write_dataset
+from hf_noneuclid.experiments.publishing.hub import Target, upload
+from hf_noneuclid.experiments.publishing.model import push_run
 from hf_noneuclid.experiments.report import report
-from hf_noneuclid.experiments.reporting.curves import Curve
 from hf_noneuclid.experiments.reporting.report_comparisons import paper_section
-from hf_noneuclid.experiments.reporting.report_format import band, number, rate, table
+from hf_noneuclid.experiments.reporting.report_format import band, rate
 from hf_noneuclid.experiments.reporting.summary import summarise
-from hf_noneuclid.experiments.sweeping.execution import as_arguments, recipe_flags
-from hf_noneuclid.experiments.sweeping.study import Result, results, suite_of
+from hf_noneuclid.experiments.secrets import scrub
+from hf_noneuclid.experiments.sweeping.study import Result, default_storage, open_study, results, suite_of
 from hf_noneuclid.experiments.sweeping.suite import Suite
 from hf_noneuclid.experiments.sweeping.sweep_folder import run_folder
 
-RECIPES = Path(__file__).parents[1]
-
-
-@dataclass(frozen=True)
-class Publication:
-    """A study, and where its parts go on the Hub.
-
-    Attributes:
-        folder: output folder of sweep.py.
-        suite: of the study.
-        summary: the numbers of its report.
-        best: the run with the lowest loss of each method.
-        models: the repository of each method's model.
-        dataset: the repository of all runs.
-    """
-
-    folder: Path
-    suite: Suite
-    summary: Mapping[str, Any]
-    best: Mapping[str, Result]
-    models: Mapping[str, Repository]
-    dataset: Repository
+Best = Mapping[str, tuple[Result, Mapping[str, Any]]]
+"""The best run of each method, and the losses of its learning rate as in results.json."""
 
 
 def publish_study(
-    study: optuna.Study,
-    folder: Path,
-    template: Repository,
-    overwrite: bool,
-    license_name: str | None,
-    later: str,
-) -> list[str]:
-    """Push a study.
+    folder: Path, namespace: Target, later: Sequence[str], storage: str | None = None, name: str | None = None
+) -> None:
+    """Pushes the best model of each method as ``<suite>-<method>``, and all runs as ``<suite>-runs``.
 
     Args:
-        study: finished, its models kept.
-        folder: output folder of sweep.py.
-        template: `repo_id` is the namespace; the rest holds for every repository.
-        overwrite: replace whatever the repositories hold.
-        license_name: of the weights, as the Hub writes it.
-        later: the command that pushes what is missing after a failure.
-
-    Returns:
-        The addresses of the commits.
+        folder: Output folder of the sweep, with the models.
+        namespace: Its ``repo_id`` is the user or organisation; the rest holds for every repository.
+        later: Arguments of ``noneuclid`` that push what is missing after a failure.
+        storage: Where the trials are; by default in the folder.
+        name: Name of the study, if the storage holds several.
 
     Raises:
-        InputError: nothing has ended, models are missing, or a repository may not be pushed to.
-        PushError: the Hub or the network failed.
+        InputError: No run has ended, models are missing, or a repository may not be pushed to.
+        PushError: The Hub or the network failed. The message has the command for later.
     """
+    study = open_study(storage or default_storage(folder), name)
     suite, found = suite_of(study), results(study)
-    report(suite, found, folder / "report")
-    summary, curves = summarise(suite, found)
-    plan = _plan(folder, suite, summary, best_results(curves), template)
-    _check_models(plan)
-    identity = study.user_attrs.get("id", study.study_name)
-    _check_hub(plan, identity, overwrite)
-    _write_origins(plan, identity)
-    staged = write_dataset(
-        folder, suite, summary, found, plan.dataset, _model_table(plan), paper_section(summary), license_name
-    )
-    write_origin(staged, f"{identity} runs")
-    pushed = [
-        push_folder(
-            _folder(plan, method), repository, overwrite, license_name, _comparison(plan, method), later
-        )
-        for method, repository in plan.models.items()
-    ]
-    try:
-        api = connect()
-        create(api, plan.dataset)
-        return [*pushed, upload(api, staged, plan.dataset, "Push all runs", replace=overwrite)]
-    except (InputError, PushError) as error:
-        raise push_later(error, folder, later) from error
+    summary, verdict = _report(suite, found, folder / "report")
+    best = _best_runs(summary, found)
+    folders = {method: run_folder(folder, result.run) for method, (result, _) in best.items()}
+    _check_models(suite, best, folders)
+
+    prefix = f"{namespace.repo_id}/{suite.name}"
+    targets = {method: replace(namespace, repo_id=f"{prefix}-{method}") for method in best}
+    dataset = replace(namespace, repo_id=f"{prefix}-runs", kind="dataset")
+    text = {"about": suite.about, "models": _model_table(best, targets), "verdict": verdict}
+    staged = folder / "hub"
+    _write_runs(staged, folder, summary, found)
+    _write_card(staged, dataset, suite, text)
+
+    for method, target in targets.items():  # check all of them before the first is pushed
+        make_ready(target, folders[method])
+    make_ready(dataset, staged)
+    for method, target in targets.items():
+        comparison = _comparison(summary, method, best[method][0], dataset, text)
+        push_run(folders[method], target, comparison, later)
+    upload(staged, dataset, "Push all runs", later)
 
 
-def best_results(curves: Sequence[Curve]) -> dict[str, Result]:
-    """Return the run with the lowest final loss of each method, among those at its best learning rate."""
-    best: dict[str, Result] = {}
-    for curve in sorted((curve for curve in curves if curve.best), key=lambda curve: curve.best.loss):
-        best.setdefault(curve.method, min(curve.best.done, key=lambda result: result.loss))
+def _report(suite: Suite, found: Sequence[Result], folder: Path) -> tuple[Mapping[str, Any], str]:
+    """Writes the report, and returns its numbers and the Markdown that compares the runs with the paper's."""
+    report(suite, found, folder)
+    summary, _ = summarise(suite, found)
+    return summary, paper_section(summary)
+
+
+def _best_runs(summary: Mapping[str, Any], found: Sequence[Result]) -> Best:
+    """The run with the lowest loss at the best learning rate of each method, the best method first."""
+    curves = [curve for setting in summary["settings"] for curve in setting["curves"] if curve["best"]]
+    best: dict[str, tuple[Result, Mapping[str, Any]]] = {}
+    for curve in sorted(curves, key=lambda curve: curve["best"]["loss"]):
+        method, point = curve["method"], curve["best"]
+        wanted = method, point["learning_rate"], point["lowest"]
+        runs = (one for one in found if (one.run.method, one.run.learning_rate, one.loss) == wanted)
+        best.setdefault(method, (next(runs), point))
     return best
 
 
-def _plan(
-    folder: Path, suite: Suite, summary: Mapping[str, Any], best: Mapping[str, Result], template: Repository
-) -> Publication:
-    name = f"{template.repo_id}/{suite.name}"
-    models = {method: replace(template, repo_id=f"{name}-{method}") for method in best}
-    dataset = replace(template, repo_id=f"{name}-runs", kind="dataset")
-    return Publication(folder, suite, summary, best, models, dataset)
-
-
-def _check_models(plan: Publication) -> None:
-    """Refuse a study without its models: sweep.py deletes them unless told otherwise."""
-    if not plan.best:
-        raise InputError(f"suite {plan.suite.name}: no run has ended with a model")
-    missing = [method for method in plan.best if not has_model(_folder(plan, method))]
+def _check_models(suite: Suite, best: Best, folders: Mapping[str, Path]) -> None:
+    """Raises InputError with the commands that make the best models, if the sweep has deleted them."""
+    if not best:
+        raise InputError(f"suite {suite.name}: no run has ended with a model")
+    missing = [method for method in best if not has_model(folders[method])]
     if missing:
-        commands = "\n".join(f"  {_command(plan, method)}" for method in missing)
+        script = os.path.relpath(recipes_folder() / f"{suite.recipe}.py")
+        own = ("--overwrite_output_dir=", "--resume_from_checkpoint=")
+        flags = [best[method][0].metrics["command"] for method in missing]
+        commands = [["python", script, *(flag for flag in one if not flag.startswith(own))] for one in flags]
+        text = "\n  ".join(shlex.join([*command, "--overwrite_output_dir=true"]) for command in commands)
         raise InputError(
-            f"the models of {', '.join(missing)} are not there: sweep.py deletes weights unless "
-            f"--keep_models. Make the best ones again:\n{commands}"
+            f"the models of {', '.join(missing)} are not there: a sweep deletes weights unless it runs with "
+            f"--keep_models. Make the best ones again:\n  {text}"
         )
 
 
-def _command(plan: Publication, method: str) -> str:
-    """Return the command that repeats the best run of a method in its folder."""
-    flags = recipe_flags(plan.suite, plan.best[method].run, 1)
-    script = os.path.relpath(RECIPES / f"{plan.suite.recipe}.py")
-    target = [f"--output_dir={_folder(plan, method)}", "--overwrite_output_dir=true"]
-    return shlex.join(["python", script, *as_arguments(flags), *target])
+def _write_runs(staged: Path, study: Path, summary: Mapping[str, Any], found: Sequence[Result]) -> None:
+    """Writes all runs, with their logs and curves and the report, into an empty folder."""
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(study / "report", staged / "report")
+    (staged / "curves").mkdir()
+    rows, logs = [], []
+    names = dict.fromkeys(key for result in found for entry in result.history for key in entry)
+    for result, row in zip(found, summary["runs"], strict=True):
+        folder = run_folder(study, result.run)
+        # What has other keys in other runs becomes text, so that every column has one type.
+        values = {**row, "metrics": scrub(result.metrics)}
+        texts = {key: json.dumps(value) for key, value in values.items() if isinstance(value, dict)}
+        rows.append({"run": folder.name, **values, **texts})
+        logs += [
+            {"run": folder.name, **{name: entry.get(name) for name in names}} for entry in result.history
+        ]
+        if (folder / "curves.png").is_file():
+            shutil.copy(folder / "curves.png", staged / "curves" / f"{folder.name}.png")
+    _write_rows(staged / "runs.jsonl", rows)
+    _write_rows(staged / "history.jsonl", logs)
 
 
-def _check_hub(plan: Publication, identity: str, overwrite: bool) -> None:
-    """See that everything may be pushed before anything is."""
-    for method, repository in plan.models.items():
-        origin = read_origin(_folder(plan, method)) or f"{identity} {method}"
-        check_repository(repository, origin, overwrite)
-    check_repository(plan.dataset, f"{identity} runs", overwrite)
+def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    lines = (json.dumps(finite(scrub(row)), allow_nan=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
-def _write_origins(plan: Publication, identity: str) -> None:
-    """Write into the folders of the models that they belong to this study."""
-    for method in plan.models:
-        write_origin(_folder(plan, method), f"{identity} {method}")
-
-
-def _folder(plan: Publication, method: str) -> Path:
-    return run_folder(plan.folder, plan.best[method].run)
-
-
-# ------------------------------------------------------------------------------------ text for cards
-
-
-def _comparison(plan: Publication, method: str) -> str:
-    """Say where a model stands in its suite."""
-    run, missing = plan.best[method], plan.summary["ran"]["missing"]
-    texts = [
-        f"## In the suite {plan.suite.name}",
-        plan.suite.about,
-        f"This is the best run of `{method}`: learning rate {rate(run.run.learning_rate)}, seed "
-        f"{run.run.seed}, final loss {run.loss:.4f} nats. All runs: {_link(plan.dataset)}.",
-        f"**The suite is unfinished: {missing} runs are missing.**" if missing else "",
-        _model_table(plan),
-        paper_section(plan.summary).replace("## ", "### "),
+def _write_card(staged: Path, target: Target, suite: Suite, text: Mapping[str, str]) -> None:
+    files: list[dict[str, Any]] = [
+        {"config_name": "runs", "data_files": "runs.jsonl", "default": True},
+        {"config_name": "history", "data_files": "history.jsonl"},
     ]
-    return "\n\n".join(filter(None, texts))
+    card = DatasetCard.from_template(
+        DatasetCardData(
+            pretty_name=f"All runs of the suite {suite.name}",
+            license=target.license,
+            tags=["hf_noneuclid", *PAPERS],
+            configs=files,
+        ),
+        template_path=str(HERE / "dataset_card.md"),
+        suite=suite.name,
+        figures=sorted(path.name for path in (staged / "report").glob("*.png")),
+        repo_id=target.repo_id,
+        definition=yaml.safe_dump(scrub(asdict(suite)), sort_keys=False).strip(),
+        citations=CITATIONS,
+        **text,
+    )
+    card.save(staged / "README.md")
 
 
-def _model_table(plan: Publication) -> str:
-    """Return the best curve of each method, with a link to its model, lowest loss first."""
+def _comparison(
+    summary: Mapping[str, Any], method: str, result: Result, dataset: Target, text: Mapping[str, str]
+) -> str:
+    """Markdown that compares a model with the others of its suite."""
+    missing = summary["ran"]["missing"]
+    parts = [
+        f"## In the suite {summary['suite']['name']}",
+        text["about"],
+        f"This is the best run of `{method}`: learning rate {rate(result.run.learning_rate)}, seed "
+        f"{result.run.seed}, final loss {result.loss:.4f} nats. All runs: {_link(dataset, dataset.repo_id)}.",
+        f"**The suite is unfinished: {missing} runs are missing.**" if missing else "",
+        text["models"],
+        text["verdict"].replace("## ", "### "),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def _model_table(best: Best, targets: Mapping[str, Target]) -> str:
+    """The best learning rate of each method, with a link to its model."""
     rows = []
-    curves = [row for setting in plan.summary["settings"] for row in setting["curves"] if row["best"]]
-    for method, repository in plan.models.items():
-        points = (row["best"] for row in curves if row["method"] == method)
-        best = min(points, key=lambda point: point["loss"])
-        loss = band(best["loss"], best["std"])
-        rows.append((_link(repository, method), loss, number(best["seeds"]), rate(best["learning_rate"])))
-    return table(("method", "best final loss, mean over seeds", "seeds", "learning rate"), rows)
+    for method, (_, point) in best.items():
+        loss, seeds = band(point["loss"], point["std"]), str(point["seeds"])
+        rows.append([_link(targets[method], method), loss, seeds, rate(point["learning_rate"])])
+    return markdown_table(["method", "best final loss, mean over seeds", "seeds", "learning rate"], rows)
 
 
-def _link(repository: Repository, text: str | None = None) -> str:
-    kind = "datasets/" if repository.kind == "dataset" else ""
-    return f"[{text or repository.repo_id}]({constants.ENDPOINT}/{kind}{repository.repo_id})"
+def _link(target: Target, text: str) -> str:
+    kind = "datasets/" if target.kind == "dataset" else ""
+    return f"[{text}]({constants.ENDPOINT}/{kind}{target.repo_id})"

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_noneuclid import DivergedError
 from hf_noneuclid.experiments.common import ExitCode, InputError, PushError
-from hf_noneuclid.experiments.publishing.trainer import HubTrainerMixin
 from hf_noneuclid.experiments.secrets import redact_arguments, scrub
 from hf_noneuclid.experiments.training.checkpoints import read_state
 from hf_noneuclid.experiments.training.options import RecipeArguments, parse, read_config
@@ -100,7 +99,7 @@ def first_bad_step(history: list[dict[str, Any]]) -> int | None:
     return next((row["step"] for row in rows), None)
 
 
-class RecipeTrainer(HubTrainerMixin, Trainer):
+class RecipeTrainer(Trainer):
     """The Trainer with the paper's schedule, and pushes that wait for the results.
 
     Attributes:

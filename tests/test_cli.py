@@ -1,9 +1,14 @@
-"""``python -m hf_noneuclid`` runs other people's scripts; ``import hf_noneuclid`` needs nothing but torch."""
+"""The command ``noneuclid``: it runs other people's scripts unchanged, and says what is wrong with a line."""
 
 import json
 import os
 import subprocess
 import sys
+
+import pytest
+
+import hf_noneuclid
+from hf_noneuclid.cli import COMMANDS
 
 SCRIPT = """
 import json, sys
@@ -42,13 +47,14 @@ def run(*arguments, cwd, **environment):
     )
 
 
-def test_a_script_runs_as_if_it_were_run_alone(tmp_path):
+@pytest.mark.parametrize("given", [[], ["run"]])
+def test_a_script_runs_as_if_it_were_run_alone(tmp_path, given):
     """Its arguments, name, neighbours and exit code are its own, and it knows the methods."""
     folder = tmp_path / "some folder"
     folder.mkdir()
     (folder / "script.py").write_text(SCRIPT)
     (folder / "helper.py").write_text("VALUE = 'beside the script'")
-    result = run("-m", "hf_noneuclid", "some folder/script.py", *ARGUMENTS, cwd=tmp_path)
+    result = run("-m", "hf_noneuclid", *given, "some folder/script.py", *ARGUMENTS, cwd=tmp_path)
     assert result.returncode == 7, result.stderr
     assert json.loads((tmp_path / "seen.json").read_text()) == {
         "argv": ["some folder/script.py", *ARGUMENTS],
@@ -77,12 +83,12 @@ def test_a_module_runs_as_if_it_were_run_alone(tmp_path):
     }
 
 
-WRONG_LINES = """
+OUTCOMES = """
 import json, runpy, sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
-def outcome(*arguments):
+def outcome(arguments):
     sys.argv = ["hf_noneuclid", *arguments]
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
@@ -90,31 +96,88 @@ def outcome(*arguments):
             runpy.run_module("hf_noneuclid", run_name="__main__", alter_sys=True)
             code = 0
         except SystemExit as error:
-            code = error.code
-        except BaseException as error:
-            code = f"{type(error).__name__}: {error}"
+            code = error.code or 0
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
-lines = [[], ["-m"], ["--help"], ["missing.py", "--optim", "muon"], ["-m", "no_such_module"]]
-print(json.dumps([outcome(*line) for line in lines]))
+print(json.dumps([outcome(line) for line in json.loads(sys.argv[1])]))
 """
 
 
-def test_wrong_command_lines_say_what_is_wrong(tmp_path):
-    result = run("-c", WRONG_LINES, cwd=tmp_path)
+def outcomes(*lines, cwd, before=""):
+    """The exit codes and outputs of several command lines, all in one process: importing torch is slow."""
+    result = run("-c", before + OUTCOMES, json.dumps(lines), cwd=cwd)
     assert result.returncode == 0, result.stderr
-    nothing, no_module, asked, no_script, unknown = json.loads(result.stdout.splitlines()[-1])
-    usage = "usage: python -m hf_noneuclid (SCRIPT | -m MODULE) [ARGUMENT ...]"
-    for mistake in (nothing, no_module):
-        assert mistake["code"] == 2
-        assert mistake["err"].startswith(usage)
-        assert mistake["out"] == ""
-    assert asked["code"] == 0
-    assert asked["out"].startswith(usage)
-    # Text as the code of SystemExit is printed to stderr, and the process exits with 1.
-    assert "there is no script 'missing.py'" in no_script["code"]
-    assert usage in no_script["code"]
-    assert "no_such_module" in str(unknown["code"])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+WRONG = {
+    ("swep", "--suite", "mini"): "there is no command and no script 'swep'. Did you mean 'sweep'?",
+    ("xyz",): "there is no command and no script 'xyz'. The commands are run, sweep, report,",
+    ("missing.py", "--optim", "muon"): "there is no script 'missing.py'",
+    ("run", "missing"): "there is no script 'missing'",
+    ("-m", "no.such.module"): "there is no module 'no.such.module'",
+    ("run", "-m", "json"): "there is no module 'json'",  # a package without a __main__
+    ("-m", ".relative"): "there is no module '.relative'",
+}
+
+
+def test_wrong_command_lines_say_what_is_wrong(tmp_path):
+    for line, outcome in zip(WRONG, outcomes(*WRONG, cwd=tmp_path), strict=True):
+        assert outcome["code"] == 2, line
+        assert outcome["err"].startswith(f"noneuclid: {WRONG[line]}")
+        assert outcome["out"] == ""
+
+
+def test_a_command_line_without_a_command_shows_the_usage(tmp_path):
+    lines = ([], ["-m"], ["run"], ["run", "-m"], ["--help"], ["run", "-h"])
+    found = outcomes(*lines, cwd=tmp_path)
+    assert [outcome["code"] for outcome in found] == [2, 2, 2, 2, 0, 0]
+    for outcome in found:
+        shown, other = ("out", "err") if outcome["code"] == 0 else ("err", "out")
+        assert outcome[shown].startswith("usage: noneuclid ")
+        assert "[run] (SCRIPT | -m MODULE) [ARGUMENT ...]" in outcome[shown]
+        assert outcome[other] == ""
+    for command in COMMANDS:
+        assert f"\n  {command} " in found[4]["out"]
+
+
+def test_the_version_is_the_packages(tmp_path):
+    (outcome,) = outcomes(["--version"], cwd=tmp_path)
+    assert outcome == {"code": 0, "out": f"noneuclid {hf_noneuclid.__version__}\n", "err": ""}
+
+
+def test_every_command_has_a_help_text(tmp_path):
+    """A folder with the name of a command does not hide it."""
+    (tmp_path / "report").mkdir()
+    lines = [[command, "--help"] for command in COMMANDS if command != "run"]
+    for (command, _), outcome in zip(lines, outcomes(*lines, cwd=tmp_path), strict=True):
+        assert outcome["code"] == 0, outcome
+        assert outcome["out"].startswith(f"usage: noneuclid {command} ")
+
+
+@pytest.mark.parametrize(
+    ("line", "package"),
+    [
+        (["sweep", "--help"], "optuna"),
+        (["report", "--help"], "matplotlib"),
+        (["publish", "--study", "outputs/mini", "--namespace", "me"], "optuna"),
+    ],
+)
+def test_a_command_names_the_optional_package_that_is_missing(tmp_path, line, package):
+    absent = f"import sys\nsys.modules[{package!r}] = None\n"
+    (outcome,) = outcomes(line, cwd=tmp_path, before=absent)
+    message = f"noneuclid {line[0]} needs the package {package}: pip install 'hf_noneuclid[recipes]'\n"
+    assert outcome == {"code": 2, "out": "", "err": message}
+
+
+def test_an_import_error_of_the_module_itself_is_not_hidden(tmp_path):
+    """Neither when it runs nor when the package around it is imported."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "__init__.py").write_text("import no_such_dependency")
+    (tmp_path / "broken" / "module.py").touch()
+    result = run("-m", "hf_noneuclid", "-m", "broken.module", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.rstrip().endswith("ModuleNotFoundError: No module named 'no_such_dependency'")
 
 
 BARE_IMPORT = """
