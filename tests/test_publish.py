@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_noneuclid.experiments import publish, secrets
 from hf_noneuclid.experiments.publishing.card import write_card
 from hf_noneuclid.experiments.publishing.hub import Target
+from hf_noneuclid.experiments.sweeping.execution import run_folder
 from hf_noneuclid.experiments.sweeping.study import default_storage, open_study
-from hf_noneuclid.experiments.sweeping.suite import Suite
-from hf_noneuclid.experiments.sweeping.sweep_folder import run_folder
-from hf_noneuclid.experiments.sweeping.trial_queue import Outcome, TrialQueue
+from hf_noneuclid.experiments.sweeping.suite import Result, Suite
+from hf_noneuclid.experiments.sweeping.trial_queue import TrialQueue
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TOKEN, GIVEN, READER = (
@@ -439,7 +440,7 @@ def copied_outcome(pattern, folder, run, loss):
     (folder / "metrics.json").write_text(json.dumps(metrics))
     history = json.loads((pattern / "history.json").read_text())
     state = "diverged" if diverged else "done"
-    return Outcome(state, metrics["eval_loss"], None, 1.0, metrics, history)
+    return Result(run, state, metrics["eval_loss"], None, 1.0, metrics, history)
 
 
 @pytest.fixture
@@ -464,9 +465,12 @@ def study(pushed, tmp_path):
     opened.set_user_attr("id", "abc")
     opened.set_user_attr("suite", asdict(suite))
     queue = TrialQueue(opened, suite)
-    while (claim := queue.claim()) is not None:
-        loss = LOSSES[claim.run.method, claim.run.learning_rate]
-        queue.finish(claim, copied_outcome(pushed[1], run_folder(folder, claim.run), claim.run, loss))
+
+    def execute(run, stop, slot):
+        return copied_outcome(pushed[1], run_folder(folder, run), run, LOSSES[run.method, run.learning_rate])
+
+    while queue.refill():
+        queue.attempt(execute, threading.Event(), 0)
     return folder
 
 

@@ -19,13 +19,13 @@ from hf_noneuclid.experiments.publishing.facts import has_model
 from hf_noneuclid.experiments.publishing.hub import Target, upload
 from hf_noneuclid.experiments.publishing.model import push_run
 from hf_noneuclid.experiments.report import report
-from hf_noneuclid.experiments.reporting.report_comparisons import paper_section
-from hf_noneuclid.experiments.reporting.report_format import band, rate
+from hf_noneuclid.experiments.reporting.comparisons import paper_section
 from hf_noneuclid.experiments.reporting.summary import summarise
+from hf_noneuclid.experiments.reporting.tables import band, rate
 from hf_noneuclid.experiments.secrets import scrub
-from hf_noneuclid.experiments.sweeping.study import Result, default_storage, open_study, results, suite_of
-from hf_noneuclid.experiments.sweeping.suite import Suite
-from hf_noneuclid.experiments.sweeping.sweep_folder import run_folder
+from hf_noneuclid.experiments.sweeping.execution import run_folder
+from hf_noneuclid.experiments.sweeping.study import default_storage, open_study, results, suite_of
+from hf_noneuclid.experiments.sweeping.suite import Result, Suite
 
 Best = Mapping[str, tuple[Result, Mapping[str, Any]]]
 """The best run of each method, and the losses of its learning rate as in results.json."""
@@ -74,8 +74,8 @@ def publish_study(
 def _report(suite: Suite, found: Sequence[Result], folder: Path) -> tuple[Mapping[str, Any], str]:
     """Writes the report, and returns its numbers and the Markdown that compares the runs with the paper's."""
     report(suite, found, folder)
-    summary, _ = summarise(suite, found)
-    return summary, paper_section(summary)
+    summary, curves = summarise(suite, found)
+    return summary, paper_section(suite.report, curves)
 
 
 def _best_runs(summary: Mapping[str, Any], found: Sequence[Result]) -> Best:
