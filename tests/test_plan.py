@@ -1,20 +1,24 @@
-"""The planning recipe: numbers worked out by hand, what it shares with the optimizer, and what it refuses."""
+"""``noneuclid plan``: numbers worked out by hand, what the ranks' exchanges send, and what it refuses."""
 
 import dataclasses
 import json
 from math import prod
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from hf_noneuclid.distributed import ProcessGrid
+from hf_noneuclid.distributed.exchange import Exchange
 from hf_noneuclid.elementwise import MIB
 from hf_noneuclid.experiments import plan
-from hf_noneuclid.experiments.costs import engine_costs, layout_costs
-from hf_noneuclid.layouts import plan as optimizer_plan
-from hf_noneuclid.layouts.exchange import Exchange
-from hf_noneuclid.layouts.ranks import Ranks, pads
+from hf_noneuclid.experiments.costs.engines import ENGINES, held_intervals
+from hf_noneuclid.experiments.costs.models import build, load_config
+from hf_noneuclid.experiments.costs.step import Costs, plan_row, shapes_of
+from hf_noneuclid.plan import bucket_matrices
 
 GRIDS = {
     "ddp": (4, 1),
@@ -39,11 +43,11 @@ def two_matrices(**options):
                 "c": nn.LayerNorm(6, bias=False),
             }
         )
-    return layout_costs.shapes_of(model, "muonmax_momo", **{"loss_lower_bound": 0.0, **options})
+    return shapes_of(model, "muonmax_momo", **{"loss_lower_bound": 0.0, **options})
 
 
 def costs_of(engine, grid, **options):
-    return layout_costs.Costs(two_matrices(**options), engine, grid)
+    return Costs(two_matrices(**options), engine, grid)
 
 
 def printed(capsys, *arguments):
@@ -103,7 +107,7 @@ def test_zero3_on_four_gpus_pads_every_parameter():
 
 
 def test_two_matrices_leave_two_of_four_gpus_without_any():
-    row = engine_costs.plan_row(costs_of("fsdp2", (1, 4)), "bf16")
+    row = plan_row(costs_of("fsdp2", (1, 4)), "bf16")
     assert row["idle_ranks"] == 2
     assert row["polar_flops"]["imbalance"] == 2
 
@@ -121,7 +125,7 @@ def test_two_matrices_leave_two_of_four_gpus_without_any():
     ],
 )
 def test_what_the_engines_keep_and_send(engine, dtype, parameters, gradients, master, sent):
-    row = engine_costs.plan_row(costs_of(engine, (2, 1) if engine == "ddp" else (1, 2)), dtype)
+    row = plan_row(costs_of(engine, (2, 1) if engine == "ddp" else (1, 2)), dtype)
     held = row["memory_bytes"]
     assert [held[key] for key in ("parameters", "gradients", "master")] == [parameters, gradients, master]
     assert row["engine_sent_bytes"] == sent
@@ -130,39 +134,40 @@ def test_what_the_engines_keep_and_send(engine, dtype, parameters, gradients, ma
 # ------------------------------------------------------------------------- the same as the optimizer's
 
 
-@pytest.mark.parametrize("engine", layout_costs.ENGINES)
-def test_it_counts_what_the_exchanges_of_all_ranks_would_send(engine, monkeypatch):
-    """With batches so small that there are several."""
-    grid = GRIDS[engine]
-    shapes = layout_costs.shapes_of(plan._meta_model(plan.load_config("tiny")), "muonmax_momo")
-    shapes = dataclasses.replace(shapes, options={**shapes.options, "workspace": 10_000 / MIB})
-    costs = layout_costs.Costs(shapes, engine, grid, "cpu")
-    runs = layout_costs._runs(shapes.pieces, engine, grid[1])
-    for place in np.ndindex(grid):
-        ranks = Ranks(torch.device("cpu"), replicas=grid[0], shards=grid[1], replica=place[0], shard=place[1])
-        batches = optimizer_plan._matrix_batches(shapes.matrices, runs, ranks, 5, 10_000)
-        exchanges = [batch.exchange for batch in batches]
-        assert len(exchanges) > 1
-        assert costs.owned[place] == sum(prod(block.shape) for x in exchanges for block in x.owned)
-        assert costs.momentum[place] == sum(_sent(x, x._mine[place[0]], place) for x in exchanges)
-        assert costs.directions[place] == sum(_sent(x, x._owned, place) for x in exchanges)
-        assert costs.sent_bytes()["replicas"][place] == sum(_handed_on(x, grid[0]) for x in exchanges)
+@pytest.fixture
+def _no_collectives(monkeypatch):
+    """The ranks count what they would send, and send nothing."""
+    for name in ("all_to_all_single", "all_gather", "broadcast"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: SimpleNamespace(wait=lambda: None))
 
 
-def _handed_on(exchange, replicas):
-    """As ``Ranks.all_gather`` counts it, in float32."""
-    sizes = list(map(sum, exchange._mine))
-    if pads(sizes):
-        return 4 * max(sizes) * (replicas - 1)
-    return 4 * sum(sizes) * (replicas - 1) // replicas
+@pytest.mark.usefixtures("_no_collectives")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_counts_what_the_exchanges_of_all_ranks_send(engine):
+    """With buckets so small that there are several."""
+    shape = GRIDS[engine]
+    shapes = shapes_of(build(load_config("tiny"), torch.device("meta")), "muonmax_momo")
+    shapes = dataclasses.replace(shapes, options=dataclasses.replace(shapes.options, workspace=10_000 / MIB))
+    costs = Costs(shapes, engine, shape, "cpu")
+    held = held_intervals(shapes.parameters, engine, shape[1])
+    buckets = bucket_matrices(shapes.matrices, held, *shape, polar_steps=5, workspace=10_000)
+    assert len(buckets) > 1
+    for place in np.ndindex(shape):
+        grid, owned = ProcessGrid(torch.device("cpu"), *shape, *place), 0
+        for parameters, blocks in buckets:
+            by_shard = [[held[x][shard] for x in parameters] for shard in range(shape[1])]
+            exchange = Exchange(blocks, by_shard, grid, torch.float32)
+            exchange.gather([torch.zeros(last - first) for first, last in by_shard[place[1]]])
+            exchange.scatter([torch.zeros(block.shape) for block in exchange.owned])
+            owned += sum(prod(block.shape) for block in exchange.owned)
+        assert costs.owned[place] == owned
+        predicted = {name: int(by_rank[place]) for name, by_rank in costs.sent_by_collective().items()}
+        assert predicted.pop("all_reduce") > 0
+        assert predicted == {name: grid.sent[name] for name in predicted}
+        assert sum(predicted.values()) > 0
 
 
-def _sent(exchange: Exchange, sizes, place):
-    """As ``Ranks.all_to_all`` counts it."""
-    return sum(sizes) - sizes[place[1]]
-
-
-@pytest.mark.parametrize("engine", layout_costs.ENGINES)
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_element_is_held_by_each_replica_once_and_owned_once(engine):
     costs = costs_of(engine, GRIDS[engine])
     assert (costs.held.sum(axis=1) == 70).all()
@@ -198,7 +203,7 @@ def test_the_text_states_formulas_and_every_engine(capsys):
 
 
 def test_a_configuration_file_is_a_model(tmp_path, capsys):
-    plan.load_config("tiny").save_pretrained(tmp_path)
+    load_config("tiny").save_pretrained(tmp_path)
     layer = 4 * 26 + 27 * 78 + 27 * 26 + 27 * 51 + 52 * 26  # norms, attention, then the MLP
     for name in (tmp_path, tmp_path / "config.json"):
         assert printed(capsys, "--model", str(name))["parameters"] == (97 + 16 + 2) * 26 + 3 * layer
@@ -214,11 +219,11 @@ def test_one_gpu_sends_nothing(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no_such_model"], "--model no_such_model is none of gpt2, gpt2-large, llama-7b"),
+        (["--model", "no_such_model"], "--model no_such_model is not one of gpt2, gpt2-large, llama-7b"),
         (["--model", "tiny", "--engine", "zero4"], "invalid choice: 'zero4'"),
-        (["--model", "tiny", "--gpus", "0"], "--gpus 0: at least 1"),
+        (["--model", "tiny", "--gpus", "0"], "--gpus 0: give 1 or more"),
         (["--model", "tiny", "--gpus", "many"], "invalid int value: 'many'"),
-        (["--model", "tiny", "--engine", "hsdp", "--gpus", "12"], "12 GPUs are no multiple of 8 per node"),
+        (["--model", "tiny", "--engine", "hsdp", "--gpus", "12"], "12 GPUs are not a multiple of 8 per node"),
         (["--model", "tiny", "--optim", "adam"], "unknown method 'adam'"),
         (["--measure", "--dtype", "bf16"], "--measure trains in float32"),
     ],
@@ -227,4 +232,6 @@ def test_what_it_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         plan.main(arguments)
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "noneuclid plan: error: " in error

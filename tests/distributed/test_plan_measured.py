@@ -1,23 +1,20 @@
-"""What the planning recipe predicts is what the engines' ranks send and keep."""
+"""What ``noneuclid plan`` predicts is what the engines' ranks send and keep."""
 
 import json
-from pathlib import Path
 
 import pytest
 from launching import torchrun
 
 pytestmark = pytest.mark.distributed
 
-PLAN = Path(__file__).parents[2] / "recipes" / "plan.py"
 SHARDED_OR_NOT = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 NUCLEAR_NORMS = ("exact", "stale")
 
 
 def measure(nuclear_norm, ranks, *options):
     """The rows that ``--measure`` prints, one for each engine and rank."""
-    log = torchrun(
-        PLAN, "--measure", "--json", "--nuclear_norm", nuclear_norm, *options, ranks=ranks, timeout=100
-    )
+    command = ("-m", "hf_noneuclid", "plan", "--measure", "--json", "--nuclear_norm", nuclear_norm)
+    log = torchrun(*command, *options, ranks=ranks, timeout=100)
     said = json.loads(next(line for line in log.splitlines() if line.startswith('{"ranks"')))
     assert said["ranks"] == ranks
     return said["rows"]

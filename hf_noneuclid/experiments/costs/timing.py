@@ -1,29 +1,28 @@
 """What one call of a step costs: time in turn with others, polar factors, memory, operators, launches.
 
-Steps are callables without arguments; times are in seconds, memory in bytes, operations in floating-point
-operations (a multiplication and an addition are two).
+Steps are callables without arguments. Times are in seconds, memory is in bytes. A multiplication and an
+addition are two operations.
 """
 
-import weakref
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from math import ceil
-from pathlib import Path
+from operator import itemgetter
 from statistics import fmean, median
 from time import perf_counter
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.optim import _muon as torch_muon
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
-from hf_noneuclid import norms
+from hf_noneuclid.elementwise import Tensors
+from hf_noneuclid.norms import Spectral
 from hf_noneuclid.polar import compute_dtype, polar_flops
 
 Step = Callable[[], object]
@@ -31,27 +30,32 @@ Step = Callable[[], object]
 MATMUL_SIZE = {"cuda": 4096, "cpu": 1536}
 MOST_ROWS = 768
 """Of a matrix whose polar factor is compared with that of a singular value decomposition."""
+CUDA_CALLS = {
+    "kernel_launches": ("cudaLaunchKernel", "cuLaunchKernel"),
+    "synchronisations": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+    "copies_to_host": ("Memcpy DtoH",),
+}
+"""How the names of calls begin in a profile."""
 
-
-# ------------------------------------------------------------------------------------------- time
+# ---------------------------------------------------------------- time
 
 
 def clock(device: torch.device) -> float:
-    """Return the time in seconds when all that the device was given is done."""
+    """The time in seconds, once the device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
 
 
 def seconds_of(step: Step, device: torch.device) -> float:
-    """Return how long one call takes."""
+    """How long one call takes."""
     start = clock(device)
     step()
     return clock(device) - start
 
 
 def in_turn(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Time A B C ... A B C ..., so that a machine that slows down slows all of them.
+    """Times A B C ... A B C ..., so that a machine that slows down slows all of them.
 
     Returns:
         The seconds of each, a number for each round.
@@ -64,11 +68,7 @@ def in_turn(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dic
 
 
 def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """Compare two contenders round by round.
-
-    Args:
-        times: Seconds of one, by round.
-        baseline: Seconds of the other in the same rounds.
+    """Compares the seconds of two contenders round by round.
 
     Returns:
         ``median``, ``lowest`` and ``highest`` of the quotients, each of two times of one round.
@@ -77,21 +77,19 @@ def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]
     return {"median": median(quotients), "lowest": min(quotients), "highest": max(quotients)}
 
 
-def matmul_rate(device: torch.device, rows: int, size: int | None = None) -> dict[str, Any]:
-    """Measure the product of two square matrices in the dtype that the polar factors are computed in.
+def matmul_rate(device: torch.device, rows: int) -> dict[str, Any]:
+    """Measures the product of two square matrices in the dtype that polar factors are computed in.
 
     Args:
         device: Where.
         rows: The shorter side of the largest matrix of the model, which decides the dtype on a CPU.
-        size: Of the square matrices.
 
     Returns:
         ``size``, ``dtype``, and ``flops_per_second``, the median of five measurements.
     """
-    size = size or MATMUL_SIZE[device.type]
-    dtype = compute_dtype(torch.float32, device, rows)
+    size, dtype = MATMUL_SIZE[device.type], compute_dtype(torch.float32, device, rows)
     x, y = torch.randn(2, size, size, device=device).to(dtype).unbind()
-    products = 20 if device.type == "cuda" else 2  # a launch must not be what is measured
+    products = 20 if device.type == "cuda" else 2  # so that the launch is not what is measured
 
     def multiply() -> None:
         for _ in range(products):
@@ -99,74 +97,49 @@ def matmul_rate(device: torch.device, rows: int, size: int | None = None) -> dic
 
     multiply()
     seconds = median(seconds_of(multiply, device) for _ in range(5))
-    rate = products * 2 * size**3 / seconds
-    return {"size": size, "dtype": _name(dtype), "flops_per_second": rate}
+    name = str(dtype).removeprefix("torch.")
+    return {"size": size, "dtype": name, "flops_per_second": products * 2 * size**3 / seconds}
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+# ---------------------------------------------------------------- polar factors
 
 
-# ---------------------------------------------------------------------------------- polar factors
+def polar_cost(step: Step, device: torch.device, rounds: int = 2) -> tuple[float, int]:
+    """The seconds and operations of the polar factors in a step of our optimizers, the mean of the rounds.
 
-
-@dataclass(slots=True)
-class PolarCost:
-    """Of the polar factors of one step: seconds, and operations (0 by the singular value decomposition)."""
-
-    seconds: float = 0.0
-    flops: int = 0
-
-
-@contextmanager
-def polar_meter(device: torch.device) -> Iterator[PolarCost]:
-    """Add up what the polar factors cost that our optimizers ask for in this block.
-
-    Waiting for the device before and after each makes the whole step slower: do not time it here.
+    Waiting for the device before and after each makes the whole step slower, so the step is not timed here.
+    Operations of the singular value decomposition are not counted.
     """
-    cost, plain = PolarCost(), norms.polar_factors
+    seconds, flops, direction = 0.0, 0, Spectral.direction
 
-    def metered(batches: Sequence[Tensor], **options: Any) -> Tensor:
+    def metered(spectral: Spectral, m: Tensors, *, foreach: bool = False) -> Tensor:
+        nonlocal seconds, flops
         start = clock(device)
-        polar = plain(batches, **options)
-        cost.seconds += clock(device) - start
-        if options["method"] != "svd":
-            cost.flops += len(polar) * polar_flops(*polar.shape[1:], options["steps"])
+        polar = direction(spectral, m, foreach=foreach)
+        seconds += clock(device) - start
+        if spectral.polar_method != "svd":
+            flops += len(polar) * polar_flops(polar.shape[-2], polar.shape[-1], spectral.polar_steps)
         return polar
 
-    norms.polar_factors = metered
-    try:
-        yield cost
-    finally:
-        norms.polar_factors = plain
-
-
-def polar_cost(step: Step, device: torch.device, rounds: int = 2) -> PolarCost:
-    """Return the operations of one step's polar factors, and the median of their seconds over the rounds."""
-    costs = []
-    for _ in range(rounds):
-        with polar_meter(device) as cost:
+    with mock.patch.object(Spectral, "direction", metered):
+        for _ in range(rounds):
             step()
-        costs.append(cost)
-    return PolarCost(median(cost.seconds for cost in costs), costs[0].flops)
+    return seconds / rounds, flops // rounds
 
 
 def sample(matrices: Iterable[Tensor]) -> list[Tensor]:
-    """Take one matrix of each shape, wide and tall being one, cut in proportion to ``MOST_ROWS``."""
-    by_shape = {tuple(sorted(m.shape)): m for m in matrices}
-    return [_cut(m) for m in by_shape.values()]
-
-
-def _cut(m: Tensor) -> Tensor:
-    part = min(1.0, MOST_ROWS / min(m.shape))
-    rows, columns = (ceil(part * size) for size in m.shape)
-    return m[:rows, :columns]
+    """One matrix of each shape, not larger than ``MOST_ROWS``; wide and tall count as the same shape."""
+    chosen = []
+    for m in {tuple(sorted(m.shape)): m for m in matrices}.values():
+        part = min(1.0, MOST_ROWS / min(m.shape))
+        chosen.append(m[: ceil(part * m.shape[0]), : ceil(part * m.shape[1])])
+    return chosen
 
 
 def polar_errors(
     matrices: Sequence[Tensor], methods: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> dict[str, float]:
-    """Compare polar factors with those of torch's singular value decomposition in float32.
+    """Compares polar factors with those of torch's singular value decomposition in float32.
 
     Returns:
         For each method the mean over the matrices of ‖its factor - U Vᵀ‖_F / √n, n the shorter side: the
@@ -175,15 +148,14 @@ def polar_errors(
     errors: dict[str, list[float]] = {name: [] for name in methods}
     for m in matrices:
         u, _, vh = torch.linalg.svd(m.float(), full_matrices=False)
-        exact = u @ vh
         for name, method in methods.items():
-            missed = torch.linalg.matrix_norm(method(m).float() - exact)
+            missed = torch.linalg.matrix_norm(method(m).float() - u @ vh)
             errors[name].append(missed.item() / min(m.shape) ** 0.5)
     return {name: fmean(values) for name, values in errors.items()}
 
 
 def torch_polar(m: Tensor) -> Tensor:
-    """Return the polar factor as torch.optim.Muon computes it with its defaults."""
+    """The polar factor as torch.optim.Muon computes it with its defaults."""
     coefficients = (torch_muon.DEFAULT_A, torch_muon.DEFAULT_B, torch_muon.DEFAULT_C)
     # A copy, because it works in place on what is bfloat16 already.
     return torch_muon._zeropower_via_newtonschulz(
@@ -191,97 +163,56 @@ def torch_polar(m: Tensor) -> Tensor:
     )
 
 
-# --------------------------------------------------------------------------- memory and launches
-
-
-class AllocationTracker(TorchDispatchMode):
-    """Counts operators, and the bytes of the storages they make, as long as those live.
-
-    What an operator allocates and frees inside of itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators = 0
-        self.bytes = 0
-        self.peak_bytes = 0
-        self._known: Any = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in _storages((args, kwargs)):  # whoever is met as an argument first was there before
-            self._known[storage] = True
-        result = func(*args, **(kwargs or {}))
-        self.operators += 1
-        for storage in _storages(result):
-            if storage not in self._known:
-                self._known[storage] = True
-                self._add(storage.nbytes())
-                weakref.finalize(storage, self._add, -storage.nbytes()).atexit = False
-        return result
-
-    def _add(self, size: int) -> None:
-        self.bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
-
-
-def _storages(tree: Any) -> list[Any]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+# ---------------------------------------------------------------- memory and launches
 
 
 def costs_of_one(step: Step, device: torch.device) -> dict[str, int]:
-    """Count what cannot be counted while the time is measured.
+    """Counts what cannot be counted while the time is measured.
 
     Returns:
-        ``peak_extra_bytes`` over what was there before; on the CPU ``operators`` (views are some, too); on
-        CUDA ``kernel_launches``, ``synchronisations`` and ``copies_to_host``.
+        ``peak_extra_bytes`` over what was there before; on the CPU ``operators``, views included; on CUDA
+        ``kernel_launches``, ``synchronisations`` and ``copies_to_host``.
     """
-    if device.type == "cuda":
-        return {"peak_extra_bytes": _cuda_peak(step, device), **count_calls(_cuda_calls(step, device))}
-    with AllocationTracker() as tracker:
-        step()
-    return {"peak_extra_bytes": tracker.peak_bytes, "operators": tracker.operators}
-
-
-def _cuda_peak(step: Step, device: torch.device) -> int:
+    if device.type != "cuda":
+        trace = _profiled(step, device)
+        events = trace.profiler.kineto_results.events()
+        changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+        changes.sort(key=itemgetter(0))
+        return {
+            "peak_extra_bytes": max(accumulate((size for _, size in changes), initial=0)),
+            "operators": sum(map(_is_operator, trace.events())),
+        }
     clock(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()
     clock(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device) - before
+    # The first profile of a process also sets itself up; the second has only the calls of profiling itself.
+    traces = [_profiled(what, device) for what in (lambda: None, lambda: None, step)]
+    _, own, calls = (Counter({e.key: e.count for e in trace.key_averages()}) for trace in traces)
+    return {"peak_extra_bytes": peak, **count_calls(calls - own)}
 
 
-def _cuda_calls(step: Step, device: torch.device) -> Counter[str]:
-    """By name, without those that profiling makes itself."""
-    _profiled(lambda: None, device)  # the first profile of a process also sets itself up
-    own, all_ = (_profiled(what, device).key_averages() for what in (lambda: None, step))
-    return Counter({event.key: event.count for event in all_}) - Counter({e.key: e.count for e in own})
+def _is_operator(event: Any) -> bool:
+    """Whether an event of a profile is an operator that no other operator has called."""
+    parent = event.cpu_parent
+    return event.key.startswith("aten::") and not (parent and parent.key.startswith("aten::"))
 
 
 def count_calls(calls: Mapping[str, int]) -> dict[str, int]:
-    """Sum up calls of the CUDA runtime and driver, given by name, by what they are."""
-    kinds = {
-        "kernel_launches": ("cudaLaunchKernel", "cuLaunchKernel"),
-        "synchronisations": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
-        "copies_to_host": ("Memcpy DtoH",),
-    }
+    """Sums calls of the CUDA runtime and driver, given by name, by what they are."""
     return {
-        kind: sum(count for name, count in calls.items() if name.startswith(names))
-        for kind, names in kinds.items()
+        kind: sum(count for name, count in calls.items() if name.startswith(beginnings))
+        for kind, beginnings in CUDA_CALLS.items()
     }
 
 
-def write_trace(step: Step, device: torch.device, path: Path) -> None:
-    """Write one step as a trace that Chrome and Perfetto show."""
-    _profiled(step, device).export_chrome_trace(str(path))
-
-
-def _profiled(step: Step, device: torch.device) -> profile:
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+def _profiled(step: Step, device: torch.device) -> Any:
+    is_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     clock(device)
-    with profile(activities=activities) as trace:
+    with profile(activities=activities, profile_memory=not is_cuda) as trace:
         step()
         clock(device)
     return trace

@@ -1,0 +1,132 @@
+"""What each engine holds, keeps and sends by itself, as it documents that.
+
+References:
+    S. Rajbhandari, J. Rasley, O. Ruwase, Y. He, "ZeRO: Memory Optimizations Toward Training Trillion
+    Parameter Models", arXiv 1910.02054, 2019: model state of the stages (section 3), communication (7).
+    PyTorch's documentation of DistributedDataParallel (``gradient_as_bucket_view``) and of ``fully_shard``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from hf_noneuclid.distributed.fsdp2 import row_interval
+from hf_noneuclid.distributed.shards import Interval
+from hf_noneuclid.distributed.zero import flat_interval
+from hf_noneuclid.parameters import LocalParameter
+
+ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+
+DTYPES = {
+    "bf16": "the Trainer's --bf16: float32 weights under DDP, FSDP2 and HSDP, float32 masters under ZeRO",
+    "fp32": "everything in float32",
+    "pure_bf16": "weights in bfloat16; only ZeRO keeps float32 masters",
+}
+
+MODEL_STATE = {
+    "ddp": "weights, gradients and the buckets that they are reduced in: w P + 2 w P",
+    "fsdp2": "shards of weights and gradients: (w + w) P/n",
+    "hsdp": "shards of weights and gradients: (w + w) P/s",
+    "zero1": "weights, gradients, shards of float32 masters: w P + w P + 4 P/n",
+    "zero2": "weights, shards of gradients and of float32 masters: w P + (w + 4) P/n",
+    "zero3": "shards of weights, gradients and float32 masters: (w + w + 4) P/n",
+}
+
+ENGINE_SENT = {
+    "ddp": "a ring all-reduce of gradients: 2 g P (n-1)/n",
+    "fsdp2": "weights gathered forward and backward, gradients reduce-scattered: (2 x + g) P (n-1)/n",
+    "hsdp": "that within the node, and an all-reduce of the shards: (2 x + g) P (s-1)/s + 2 g P/s (r-1)/r",
+    "zero1": "gradients reduce-scattered, weights gathered: (g + x) P (n-1)/n",
+    "zero2": "gradients reduce-scattered, weights gathered: (g + x) P (n-1)/n",
+    "zero3": "weights gathered forward and backward, gradients reduce-scattered: (2 x + g) P (n-1)/n",
+}
+
+_ZERO_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor, in elements of each rank
+
+Grid = tuple[int, int]
+"""(replicas, shards)."""
+
+
+class Widths(NamedTuple):
+    """Bytes of one number."""
+
+    w: int
+    """Of a weight, and of a gradient, as they are kept."""
+    x: int
+    """Of a weight as it is sent."""
+    g: int
+    """Of a gradient as it is sent."""
+
+
+def widths(engine: str, dtype: str) -> Widths:
+    """The bytes of weights and gradients; ``dtype`` is a key of ``DTYPES``."""
+    if dtype != "bf16":
+        width = 4 if dtype == "fp32" else 2
+        return Widths(width, width, width)
+    if engine == "ddp":
+        return Widths(4, 4, 4)
+    return Widths(2, 2, 2) if engine.startswith("zero") else Widths(4, 2, 2)
+
+
+def grid_of(engine: str, gpus: int, gpus_per_node: int) -> Grid:
+    """How an engine arranges the GPUs.
+
+    Raises:
+        ValueError: HSDP does not fill its nodes.
+    """
+    if engine == "ddp":
+        return gpus, 1
+    if engine != "hsdp":
+        return 1, gpus
+    if gpus % gpus_per_node:
+        raise ValueError(
+            f"hsdp needs full nodes, and {gpus} GPUs are not a multiple of {gpus_per_node} per node. Change "
+            "--gpus or --gpus_per_node."
+        )
+    return gpus // gpus_per_node, gpus_per_node
+
+
+def flat_partition(parameters: Sequence[LocalParameter], engine: str, shards: int) -> int | None:
+    """Elements of the flat tensor that a rank steps, padding included; None if the engine makes none."""
+    if engine in ("zero1", "zero2"):
+        return -(-sum(x.elements for x in parameters) // (_ZERO_ALIGNMENT * shards)) * _ZERO_ALIGNMENT
+    return sum(-(-x.elements // shards) for x in parameters) if engine == "zero3" else None
+
+
+def held_intervals(
+    parameters: Sequence[LocalParameter], engine: str, shards: int
+) -> dict[LocalParameter, list[Interval]]:
+    """The elements of each parameter that each shard holds.
+
+    Args:
+        parameters: In the order of the optimizer's groups.
+        engine: One of ``ENGINES``.
+        shards: How many there are.
+    """
+    if engine == "zero3":
+        return {
+            x: [flat_interval(x.elements, -(-x.elements // shards), s) for s in range(shards)]
+            for x in parameters
+        }
+    partition = flat_partition(parameters, engine, shards)
+    if partition is None:
+        return {x: [row_interval(x.shard.shape, s, shards) for s in range(shards)] for x in parameters}
+    ends = list(accumulate(x.elements for x in parameters))
+    parts = np.array([flat_interval(ends[-1], partition, s) for s in range(shards)])
+    held = {}
+    for x, end in zip(parameters, ends, strict=True):
+        within = np.clip(parts - (end - x.elements), 0, x.elements).tolist()
+        held[x] = [(first, last) for first, last in within]
+    return held
+
+
+def engine_sent_bytes(engine: str, grid: Grid, elements: int, dtype: str) -> float:
+    """What the engine itself sends from each GPU in a step of one backward pass."""
+    (replicas, shards), (_, x, g) = grid, widths(engine, dtype)
+    gathers = {"ddp": 0, "zero1": 1, "zero2": 1}.get(engine, 2)
+    replicated = 2 * g * elements / shards * (replicas - 1) / replicas
+    return (gathers * x + g) * elements * ((shards - 1) / shards) + replicated
