@@ -11,8 +11,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_noneuclid.experiments.common import option_pairs
-from hf_noneuclid.experiments.costs.engine_costs import plan_row
-from hf_noneuclid.experiments.costs.layout_costs import ENGINES, Costs, grid_of, shapes_of
+from hf_noneuclid.experiments.costs.engines import ENGINES, grid_of
+from hf_noneuclid.experiments.costs.step import Costs, plan_row, shapes_of
 from hf_noneuclid.experiments.sweeping.commands import Launch, as_arguments, launcher, recipe_flags
 from hf_noneuclid.experiments.sweeping.execution import run_folder
 from hf_noneuclid.experiments.sweeping.suite import Run, Suite
