@@ -84,7 +84,7 @@ class Bucket:
         self._is_whole = all(x.is_whole for x in self._shards)
         self._counts = [x.units for x in parameters]
         self._positions = [i for i, x in enumerate(parameters) if x.shard.size]
-        self._indices = torch.tensor(self._positions, device=workplace.like.device)
+        self._indices = torch.tensor(self._positions, dtype=torch.int64, device=workplace.like.device)
 
     def _local(self, tensors: list[Tensor], shards: Sequence[LocalShard] | None = None) -> list[Tensor]:
         """This rank's elements of tensors that are laid out like the parameters."""
