@@ -121,7 +121,10 @@ class Zero3(Zero):
             return super().parameters()
 
     def parts(self):
-        return [p.ds_tensor.clone() for p in self.model.parameters()]
+        """Without the padding of the last partition, which DeepSpeed never fills: it may be NaN."""
+        params = list(self.model.parameters())
+        held = [p.ds_numel - rank() * p.partition_numel() for p in params]
+        return [p.ds_tensor[: max(n, 0)].clone() for p, n in zip(params, held, strict=True)]
 
 
 ENGINES = {

@@ -10,15 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_cases import BROKEN, CASES, STEPS
+from exact_cases import BROKEN, CASES, STEPS, make_model
 from exact_engines import Replicated
 from exact_run import run
 from launching import torchrun
+
+from hf_noneuclid import METHODS
+from hf_noneuclid.norms import ADAPTIVE_NORMS
 
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-6
 RANKS = {"replicated": 2, "fsdp2": 2, "hsdp": 4, "zero1": 2, "zero2": 2, "zero3": 2}
+REPLICAS = {**dict.fromkeys(RANKS, 1), "replicated": 2, "hsdp": 2}
 
 
 def launch(engine, ranks, folder):
@@ -126,7 +130,16 @@ def test_a_matrix_costs_one_float32_momentum_and_nothing_else_as_large(ranks):
             assert sizes["momenta"] == sizes["float32"], case
             scalars = sizes["all"] - sizes["momenta"] - sizes["second_moments"]
             # A stale norm for each matrix, the step count, the running loss and what the lower bound knows.
-            assert 0 <= scalars <= 4 * (sizes["units"] + 3), case
+            matrices = len(seen[case]["said"][-1]["nuclear_norms"])
+            assert 0 < scalars <= 4 * (matrices + 4), case
+
+
+def test_only_vectors_of_adaptive_norms_keep_second_moments_and_each_shard_its_own(ranks, engine):
+    for case in CASES:
+        vectors = [p for p in make_model(case).parameters() if p.requires_grad and p.ndim == 1]
+        is_adaptive = METHODS[case.method].vector_norm in ADAPTIVE_NORMS
+        expected = 4 * sum(p.numel() for p in vectors) if is_adaptive else 0
+        assert sum(seen[case]["bytes"]["second_moments"] for seen in ranks) == REPLICAS[engine] * expected
 
 
 def test_every_polar_factor_is_computed_once_and_no_rank_computes_most_of_them(ranks, alone):
