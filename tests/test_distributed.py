@@ -146,7 +146,7 @@ class Simulated:
 
 
 def on_all_ranks(replicas, shards, work):
-    """What a function of a grid returns on each rank, by coordinate."""
+    """The results of a function of a grid on every rank, by coordinate."""
     waiting = [(replica, shard) for replica in range(replicas) for shard in range(shards)]
     posted, results = {}, {}
     for _ in range(3 * len(waiting)):
@@ -273,7 +273,7 @@ def test_fsdp2_holds_the_rows_that_torch_chunk_gives(shape, shards):
 
 
 @given(st.integers(0, 40), st.integers(1, 8))
-def test_zero3_holds_equal_intervals_of_which_the_last_may_be_short_or_empty(elements, shards):
+def test_zero3_holds_equal_intervals_and_the_last_may_be_short_or_empty(elements, shards):
     partition = -(-elements // shards)
     x = torch.arange(elements)
     padded = torch.nn.functional.pad(x, (0, shards * partition - elements), value=-1)
@@ -283,7 +283,7 @@ def test_zero3_holds_equal_intervals_of_which_the_last_may_be_short_or_empty(ele
 
 
 def matrices_of(stack, interval=None, flat=None, tensor=None):
-    """A parameter of which this rank holds an interval."""
+    """A spectral parameter, with an interval of its elements on this rank."""
     interval = interval or (0, prod(stack))
     tensor = torch.zeros(interval[1] - interval[0]) if tensor is None else tensor
     return LocalParameter("w", LocalShard(tensor, stack, interval, flat), "spectral", 0.0, 1.0, stack)
@@ -370,7 +370,7 @@ def test_numbers_of_the_matrices_reach_every_row_of_a_shard(stacks, shards, data
 
 @given(st.lists(stacks, min_size=1, max_size=8), st.integers(1, 3), st.integers(1, 400))
 def test_a_rank_receives_no_more_than_the_workspace_for_a_bucket(stacks, shards, workspace):
-    """Unless a single parameter is larger."""
+    """A single parameter may be larger."""
     parameters = [matrices_of(stack) for stack in stacks]
     held = {x: [fsdp2.row_interval(x.stack, s, shards) for s in range(shards)] for x in parameters}
     made = bucket_matrices(parameters, held, 1, shards, polar_steps=5, workspace=workspace)
@@ -408,7 +408,7 @@ def two_ranks(others, replicas=1, shards=1):
 
 
 def agree(grid, shape=(10,), interval=(0, 10)):
-    """What each shard holds of w, of which this rank holds an interval of ones."""
+    """The elements of w that each shard holds. This rank holds an interval, all ones."""
     shard = LocalShard(torch.ones(interval[1] - interval[0]), shape, interval)
     (held,) = gather_intervals(["w"], [shard], grid)
     return held
@@ -427,7 +427,7 @@ def test_shards_that_do_not_fit_together_are_refused(theirs):
 
 
 def test_shards_that_fit_together_are_known_to_every_rank():
-    """Else the tests above could be met by refusing everything."""
+    """Otherwise the tests above would pass if everything were refused."""
     grid = two_ranks([((0, 1), [("w", (10,), (6, 10))], 0.0)], shards=2)
     assert agree(grid, interval=(0, 6)) == [(0, 6), (6, 10)]
 
@@ -450,7 +450,7 @@ def test_copies_that_differ_are_refused_and_equal_ones_are_not():
 
 
 def state_after_steps(*, replace, nuclear_norm):
-    """The whole state after steps between which all of it may be replaced, as by moving it away and back."""
+    """The whole state after four steps. All of its tensors may be replaced after each, as offloading does."""
     matrix, vector = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))
     groups = [{"params": [matrix], "norm": "spectral"}, {"params": [vector], "norm": "ada_l2"}]
     options = {"descent": "regularized", "product_norm": "hybrid", "momo": True, "loss_lower_bound": "auto"}
@@ -502,7 +502,7 @@ def test_groups_that_deepspeed_would_step_apart_are_refused():
 
 
 def fragment(start, offset, size):
-    """What DeepSpeed notes at a parameter."""
+    """The addresses that DeepSpeed stores with a parameter."""
     address = SimpleNamespace
     return SimpleNamespace(
         lp_fragment_address=address(start=start, numel=size),

@@ -116,7 +116,7 @@ def test_every_combination_is_reachable_and_steps(descent, product_norm, vector_
     assert {group["norm"] for group in optimizer.param_groups} == {"spectral", vector_norm}
 
 
-def test_defaults_are_those_of_the_paper_but_for_the_lower_bound_which_nobody_knows():
+def test_defaults_are_those_of_the_paper_except_the_lower_bound():
     for group in create_optimizer(model(), lr=1e-2).param_groups:
         assert (group["loss_lower_bound"], group["lower_bound_fraction"]) == ("auto", 0.85)
     groups = create_optimizer(model(), lr=1e-2, loss_lower_bound=0.0).param_groups

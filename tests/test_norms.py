@@ -69,7 +69,7 @@ def test_the_direction_has_unit_norm(name, seed):
 @given(seed=seeds)
 @settings(max_examples=50)
 def test_the_direction_of_ada_linf_has_unit_norm_where_the_norm_is_weighted_by_m(seed):
-    # The ℓ∞ norm of a u / |m|, the one that this direction is the steepest of.
+    # Its direction is the steepest in the ℓ∞ norm of a u / |m|.
     m, v = draw(seed), draw(seed + 1).square()
     weighted = (EPS + v.sqrt()) * direction("ada_linf", m, v).abs() / m.abs()
     torch.testing.assert_close(weighted, torch.ones_like(m))

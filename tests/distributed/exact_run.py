@@ -1,4 +1,4 @@
-"""Takes the steps of a case on an engine, and says what was seen; or breaks the optimizer first."""
+"""Takes the steps of a case on an engine, as the optimizer is or with a fault, and records them."""
 
 import torch
 from counting import Flops
@@ -34,9 +34,9 @@ def count_bytes(optimizer):
 
 
 def run(engine_class, case):
-    """Takes the steps of a case, and says what was seen."""
+    """Takes the steps of a case, and returns a record of them."""
     engine = engine_class(case)
-    seen = {"said": [], "unchanged": []}
+    seen = {"diagnostics": [], "unchanged": []}
     mine = slice(rank() * SHARES // world(), (rank() + 1) * SHARES // world())
     with Flops() as flops:
         for step, shares in enumerate(gradients(case)):
@@ -45,7 +45,7 @@ def run(engine_class, case):
             loss = LOSSES[step] + torch.tensor(OFFSETS[mine]).mean().item()
             engine.backward(grads, is_bad=last and step == case.bad_gradient)
             engine.step(torch.nan if last and step == case.bad_loss else loss)
-            seen["said"].append(engine.optimizer.diagnostics())
+            seen["diagnostics"].append(engine.optimizer.diagnostics())
             same = [torch.equal(x, y) for x, y in zip(before, snapshot(engine), strict=False)]
             seen["unchanged"].append(all(same))
     seen |= {"parameters": engine.parameters(), "bytes": count_bytes(engine.optimizer), "flops": flops.count}
@@ -68,7 +68,7 @@ def one_ranks_dual(self, plan, checked):
 
 
 def first_fragment_only(flat, block, held):
-    """What another rank has the beginning of is sent as zeros."""
+    """A rank sends zeros if another one has the beginning of the block."""
     fragment = _fragment(flat, block, held)
     return torch.zeros_like(fragment) if block.interval[0] < held[0] else fragment
 
