@@ -85,7 +85,9 @@ def test_momo_truncates_some_of_the_steps_and_not_others(alone):
     """Otherwise the parameters would not show the loss, or show nothing else."""
     truncated = {
         case: [
-            taken["truncated"] for step, taken in enumerate(seen["diagnostics"]) if step not in bad_steps(case)
+            taken["truncated"]
+            for step, taken in enumerate(seen["diagnostics"])
+            if step not in bad_steps(case)
         ]
         for case, seen in alone.items()
     }
