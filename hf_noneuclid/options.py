@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
 from .momo import BOUND_RULES, DESCENTS, BoundRule, Descent
-from .norms import NORMS, VECTOR_NORMS
+from .norms import NORMS, VECTOR_NORMS, NormName, VectorNormName
 from .polar import POLAR_METHODS, PolarMethod
 from .product_norms import PRODUCT_NORMS, ProductNormName
 
@@ -65,7 +65,11 @@ _COUNT = _integer("an integer >= 1", lambda x: x >= 1)
 _BOOLEAN = Rule(
     "true or false", lambda x: isinstance(x, bool), lambda text: {"true": True, "false": False}[text.lower()]
 )
-_BOOLEAN_OR_NONE = Rule("true, false or None", lambda x: x is None or isinstance(x, bool), _BOOLEAN.parse)
+_BOOLEAN_OR_NONE = Rule(
+    "true, false or None",
+    lambda x: x is None or isinstance(x, bool),
+    lambda text: None if text.lower() == "none" else _BOOLEAN.parse(text),
+)
 
 # ---------------------------------------------------------------- the options
 
@@ -145,7 +149,7 @@ class Options:
 class ParameterOptions:
     """What may differ between groups, or, as a list, between the parameters of a group."""
 
-    norm: str = _option(
+    norm: NormName = _option(
         _one_of(NORMS),
         "spectral: 2-D, a matrix; 3-D, a stack of matrices; more dimensions or flatten, one matrix of "
         "shape[0] rows. The other norms are for parameters of any shape",
@@ -160,7 +164,9 @@ class ParameterOptions:
 class MethodOptions:
     """What ``create_optimizer`` and ``--optim_args`` take beside ``Options``."""
 
-    vector_norm: str = _option(_one_of(VECTOR_NORMS), "norm of all parameters that are not matrices")
+    vector_norm: VectorNormName = _option(
+        _one_of(VECTOR_NORMS), "norm of all parameters that are not matrices"
+    )
     matrix_lr_scale: float = _option(_POSITIVE, "multiplies the learning rate of the matrices", 10.0)
 
 
@@ -183,7 +189,8 @@ def describe(kind: type[Any]) -> str:
     for name, field in fields(kind).items():
         rule: Rule = field.metadata["rule"]
         default = "" if field.default is MISSING else f" Default: {field.default}."
-        lines.append(f"{name}: {field.metadata['help'].capitalize()}; {rule.words}.{default}")
+        words = rule.words[0].upper() + rule.words[1:]
+        lines.append(f"{name}: {words}; {field.metadata['help']}.{default}")
     return "\n    ".join(lines)
 
 

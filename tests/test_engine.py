@@ -1,4 +1,4 @@
-"""Which engines are refused before a training starts, and with which way out."""
+"""Which engines are refused before training starts, and what the message tells the user to do."""
 
 from types import SimpleNamespace
 
@@ -77,8 +77,8 @@ def test_a_zero_checkpoint_of_another_number_of_processes_is_refused(engine, tmp
     engines.check_world_size(True)
 
 
-def test_another_optimizer_in_the_place_of_the_one_asked_for_is_refused(tmp_path):
-    """As an engine that replaces it would leave it; here it is passed in."""
+def test_another_optimizer_than_the_one_asked_for_is_refused(tmp_path):
+    """An engine may replace the optimizer. Here another one is passed to the Trainer."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     adam = torch.optim.AdamW(model.parameters())
     args = TrainingArguments(str(tmp_path), optim="muonmax_momo", use_cpu=True, report_to="none")

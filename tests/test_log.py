@@ -1,4 +1,4 @@
-"""What the log says of the loss, its lower bound and the nuclear norms."""
+"""What the log says about the loss, its lower bound and the nuclear norms."""
 
 import logging
 
@@ -10,7 +10,7 @@ from hf_noneuclid.log import StepLog
 
 
 def log_of(losses, caplog, **options):
-    """Steps with these losses; returns what is logged after each, and the warnings."""
+    """What is logged after each of several steps with these losses, and the warnings."""
     weight = torch.nn.Parameter(torch.eye(2, 3))
     optimizer = NonEuclideanDescent(
         [{"params": [weight], "norm": "spectral"}],
@@ -29,7 +29,7 @@ def log_of(losses, caplog, **options):
     return metrics, [record.getMessage() for record in caplog.records]
 
 
-def test_a_loss_below_the_number_that_was_given_is_warned_of_once(caplog):
+def test_a_loss_below_the_given_number_is_warned_about_once(caplog):
     metrics, warnings = log_of([3.0, 0.5, 0.4], caplog, loss_lower_bound=1.0)
     assert [row["loss_lower_bound"] for row in metrics] == [1.0] * 3
     assert len(warnings) == 1
@@ -37,7 +37,7 @@ def test_a_loss_below_the_number_that_was_given_is_warned_of_once(caplog):
 
 
 @pytest.mark.parametrize("rule", ["auto", "relative"])
-def test_a_loss_below_the_bound_of_a_rule_is_nothing_to_warn_of(caplog, rule):
+def test_a_loss_below_the_bound_of_a_rule_causes_no_warning(caplog, rule):
     options = {"loss_lower_bound": rule, "lower_bound_fraction": 0.7}
     metrics, warnings = log_of([4.0, 1.0], caplog, **options)
     assert [row["loss_lower_bound"] for row in metrics] == pytest.approx([2.8, 2.59])
@@ -45,7 +45,7 @@ def test_a_loss_below_the_bound_of_a_rule_is_nothing_to_warn_of(caplog, rule):
 
 
 @pytest.mark.parametrize("losses", [[0.0, -1.0], [-2.0, -1.0]])
-def test_where_a_rule_knows_no_bound_nothing_is_truncated_and_that_is_said(caplog, losses):
+def test_where_a_rule_knows_no_bound_nothing_is_truncated_and_a_warning_says_so(caplog, losses):
     metrics, warnings = log_of(losses, caplog, loss_lower_bound="relative")
     assert [row["step_size"] for row in metrics] == pytest.approx([0.1, 0.1])
     assert all("loss_lower_bound" not in row and row["truncation_rate"] == 0 for row in metrics)
@@ -66,7 +66,7 @@ def test_a_negative_loss_is_below_what_star_assumes(caplog):
 
 
 def nuclear_norms_in_the_log(grad, norm):
-    """What is logged of them after one step of a parameter with this gradient."""
+    """The nuclear norms in the log after one step of a parameter with this gradient."""
     weight = torch.nn.Parameter(torch.zeros_like(grad))
     group = {"params": [weight], "norm": norm}
     optimizer = NonEuclideanDescent([group], 0.1, descent="regularized", product_norm="hybrid")

@@ -62,9 +62,9 @@ def test_text_becomes_typed_values():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ({"momentum": "high"}, "momentum must be a number, not 'high'"),
-        ({"polar_steps": "2.5"}, "polar_steps must be an integer, not '2.5'"),
-        ({"momo": "maybe"}, "momo must be true or false, not 'maybe'"),
+        ({"momentum": "high"}, r"option momentum must be a number in \[0, 1\), not 'high'"),
+        ({"polar_steps": "2.5"}, "option polar_steps must be an integer >= 1, not '2.5'"),
+        ({"momo": "maybe"}, "option momo must be true or false, not 'maybe'"),
     ],
 )
 def test_text_of_another_type_is_refused(text, message):
@@ -75,7 +75,11 @@ def test_text_of_another_type_is_refused(text, message):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("muon", {"betas": 1}, "method muon: unknown option 'betas'; known are beta2, eps, matrix_lr_scale"),
+        (
+            "muon",
+            {"betas": 1},
+            "method muon: unknown option 'betas'; known are beta2, eps, foreach, matrix_lr_scale",
+        ),
         ("muonmax", {"momo": True}, "unknown option 'momo'"),
         ("muonmax", {"loss_lower_bound": 1.0}, "unknown option 'loss_lower_bound'"),
         ("muonmax", {"momentum": 2.0}, r"momentum must be a number in \[0, 1\), not 2.0"),
@@ -112,7 +116,7 @@ def test_every_combination_is_reachable_and_steps(descent, product_norm, vector_
     assert {group["norm"] for group in optimizer.param_groups} == {"spectral", vector_norm}
 
 
-def test_defaults_are_those_of_the_paper_but_for_the_lower_bound_which_nobody_knows():
+def test_defaults_are_those_of_the_paper_except_the_lower_bound():
     for group in create_optimizer(model(), lr=1e-2).param_groups:
         assert (group["loss_lower_bound"], group["lower_bound_fraction"]) == ("auto", 0.85)
     groups = create_optimizer(model(), lr=1e-2, loss_lower_bound=0.0).param_groups

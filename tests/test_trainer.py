@@ -609,8 +609,8 @@ BAD_OPTIONS = {
     ),
     "a value out of range": ({"optim_args": "momentum=1.5"}, r"momentum must be .* not 1\.5"),
     "no such choice": ({"optim_args": "nuclear_norm=old"}, r"one of exact, stale, frobenius, not 'old'"),
-    "not a number": ({"optim_args": "momentum=high"}, r"momentum must be a number, not 'high'"),
-    "not an integer": ({"optim_args": "polar_steps=2.5"}, r"polar_steps must be an integer, not '2\.5'"),
+    "not a number": ({"optim_args": "momentum=high"}, r"momentum must be a number in \[0, 1\), not 'high'"),
+    "not an integer": ({"optim_args": "polar_steps=2.5"}, r"polar_steps must be an integer >= 1, not '2\.5'"),
     "a negative learning rate": ({"learning_rate": -1.0}, r"lr must be .* not -1\.0"),
     "negative weight decay": ({"weight_decay": -0.1}, r"weight_decay must be .* not -0\.1"),
     "a free method with settings missing": (

@@ -1,4 +1,4 @@
-"""What each of two ranks does under torchrun: trains with DDP, and leaves what it saw in a file.
+"""What each of two ranks does under torchrun: it trains with DDP, and writes what it saw to a file.
 
 Usage: torchrun --nproc_per_node=2 ddp_worker.py FOLDER
 """
@@ -50,7 +50,7 @@ def window(step, rank):
 
 
 def objective(model, step, average_tokens):
-    """What all ranks together minimise in a step, computed at once.
+    """The loss that all ranks together minimise in a step, computed in one process.
 
     The mean over all label tokens, or, without averaging them across devices, the mean of the ranks' means.
     """
@@ -71,21 +71,21 @@ def flat(model):
 
 
 class Witness(TrainerCallback):
-    """Notes the parameters before and after each step, and what the optimizer says of it."""
+    """Records the parameters before and after each step, and the optimizer's diagnostics."""
 
     def __init__(self):
-        self.before, self.after, self.said = [], [], []
+        self.before, self.after, self.diagnostics = [], [], []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         self.before.append(flat(model))
 
     def on_step_end(self, args, state, control, model, optimizer, **kwargs):
         self.after.append(flat(model))
-        self.said.append(find_optimizer(optimizer).diagnostics())
+        self.diagnostics.append(find_optimizer(optimizer).diagnostics())
 
 
 class NanOnOneRank(Trainer):
-    """Its loss is NaN on rank 1 in one step, and its gradients are finite on both."""
+    """In one step the loss is NaN on rank 1. The gradients are finite on both ranks."""
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
@@ -94,7 +94,7 @@ class NanOnOneRank(Trainer):
 
 
 def train(trainer_class, folder, **options):
-    """Trains with DDP; what was seen, and what plain torch says the loss was at the same parameters."""
+    """Trains with DDP. The objectives are the losses of plain torch at the same parameters."""
     args = TrainingArguments(
         output_dir=str(folder / "run"),
         use_cpu=True,
@@ -122,9 +122,9 @@ def train(trainer_class, folder, **options):
         "wrapped": type(trainer.model_wrapped).__name__,
         "before": witness.before,
         "after": witness.after,
-        "losses": [said["loss"] for said in witness.said],
-        "step_sizes": [said["step_size"] for said in witness.said],
-        "bad_steps": [said["bad_steps"] for said in witness.said],
+        "losses": [step["loss"] for step in witness.diagnostics],
+        "step_sizes": [step["step_size"] for step in witness.diagnostics],
+        "bad_steps": [step["bad_steps"] for step in witness.diagnostics],
         "objectives": objectives,
         "logged": [entry for entry in trainer.state.log_history if "step_size" in entry],
     }
@@ -152,7 +152,7 @@ def main(folder):
             seen[method, average_tokens] = train(
                 Trainer, folder, optim=method, average_tokens_across_devices=average_tokens
             )
-            # Both ranks do this, since the optimizer averages the loss over the group that exists.
+            # Both ranks do this, because the optimizer averages the loss over all processes.
             seen[method, average_tokens]["alone"] = train_alone(method, average_tokens)
     seen["nan"] = train(NanOnOneRank, folder, optim="muonmax_momo", weight_decay=0.1)
     seen["ranks"] = dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What each rank does: trains on one engine, and leaves what it saw in a file.
+"""What each rank does: it trains on one engine, and writes what it saw to a file.
 
 Usage: torchrun --nproc_per_node=N engine_worker.py MODE ENGINE FOLDER, with MODE one of
 
@@ -39,17 +39,17 @@ STALE = {"nuclear_norm": "stale", "loss_lower_bound": "auto", "lower_bound_fract
 
 
 class Witness(TrainerCallback):
-    """Notes what the optimizer says after each step."""
+    """Records the optimizer's diagnostics after each step."""
 
     def __init__(self):
-        self.said = []
+        self.diagnostics = []
 
     def on_step_end(self, args, state, control, optimizer, **kwargs):
-        self.said.append(find_optimizer(optimizer).diagnostics())
+        self.diagnostics.append(find_optimizer(optimizer).diagnostics())
 
 
 class Killed(TrainerCallback):
-    """Ends this process as the kernel would, after a step that no checkpoint holds."""
+    """Kills this process after a step that is in no checkpoint."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == SAVED + 2:
@@ -57,7 +57,7 @@ class Killed(TrainerCallback):
 
 
 def train(engine, folder, method, *, callbacks=(), resume=None, save=False, bf16=False, **options):
-    """Trains, and says what was seen; the options are of the method."""
+    """Trains with options of the method, and returns what was seen."""
     args = make_arguments(
         engine,
         output_dir=str(folder),
@@ -89,16 +89,16 @@ def train(engine, folder, method, *, callbacks=(), resume=None, save=False, bf16
         "engine": str(trainer.accelerator.distributed_type),
         "parameters": gather_parameters(engine, trainer),
         "polar_flops": flops.count,
-        "bytes_sent": witness.said[-1]["bytes_sent"],
+        "bytes_sent": witness.diagnostics[-1]["bytes_sent"],
         "state_dtypes": {
             str(x.dtype) for its in find_optimizer(trainer.optimizer).state.values() for x in its.values()
         },
-        **{key: [said[key] for said in witness.said] for key in ("step_size", "loss", "dual_norm")},
+        **{key: [step[key] for step in witness.diagnostics] for key in ("step_size", "loss", "dual_norm")},
     }
 
 
 class SaveOnce(TrainerCallback):
-    """Keeps the checkpoint half-way, and no later one."""
+    """Saves a checkpoint half-way, and no later one."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save = state.global_step == SAVED

@@ -1,7 +1,7 @@
 """What the bare optimizer is stepped with on every engine: models, methods, losses and gradients.
 
-The data are there in four shares, of which each of two ranks averages two. All numbers are multiples of a
-power of two, so that no average is rounded, and one process, which averages all four, sees the same bits.
+The data come in four shares: one process averages all four, and each of two ranks averages two. All numbers
+are multiples of a power of two, so that no average is rounded, and the results have the same bits.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ SHARES, STEPS = 4, 7
 LOSSES = (8.0, 12.0, 8.0, 20.0, 8.0, 24.0, 28.0)
 OFFSETS = (-3.0, -1.5, 0.5, 4.0)  # of the shares' losses; they add up to nothing
 LOWER_BOUND = 1.0
-# So high that Momo truncates some steps, and that parameters end as what the steps made of them.
+# So high that Momo truncates some steps, and that the steps outweigh the initial parameters.
 LEARNING_RATES = {"muon": 0.05, "scion": 0.05, "polargrad": 2e-3, "muonmax": 6e-4}
 FEWER = {"full": 1, "one": 10, "none": 10}  # what the dual norms of the models are divided by, about
 TINY, HUGE = 2.0**-83, 2.0**50  # about 1e-25 and 1e+15
@@ -29,9 +29,9 @@ class Case(NamedTuple):
     polar_method: str = "svd"
     model: str = "full"
     scale: float = 1.0
-    """Of the gradient of one matrix."""
+    """Multiplies the gradient of one matrix."""
     starts_badly: bool = False
-    """The first gradient is NaN, and in the first good step one is missing."""
+    """The first gradient is NaN, and one gradient is missing in the first good step."""
     lower_bound: float | str = LOWER_BOUND
 
     @property
@@ -83,7 +83,7 @@ BROKEN = {
 
 
 class Dotted:
-    """Instead of what the module computes: the inner product of its own parameters with given ones."""
+    """Computes the inner product of the module's own parameters with given gradients."""
 
     def forward(self, grads):
         return sum((p * grads[name]).sum() for name, p in self.named_parameters(recurse=False))
@@ -106,7 +106,7 @@ class Experts(Dotted, nn.Module):
 
 class Model(nn.Module):
     def forward(self, grads):
-        """Leaves out the modules for which there are no gradients."""
+        """Modules without gradients take no part."""
         loss = 0.0
         for name, leaf in self.named_children():
             its = {key.removeprefix(f"{name}."): g for key, g in grads.items() if key.startswith(f"{name}.")}
@@ -153,19 +153,19 @@ SCALED = "narrow.weight"
 
 
 def make_model(case):
-    """Small parameters, so that they end as what the steps made of them."""
+    """The model of a case. Its parameters are small, so that the steps outweigh them."""
     model, generator = MODELS[case.model](), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(0.1 * torch.randn(p.shape, generator=generator))
-            # Where a gradient is huge, the parameter is small: else Σ⟨p, g⟩ would drown the loss.
+            # With a huge gradient and a parameter of normal size, Σ⟨p, g⟩ would drown the loss.
             p /= max(1.0, case.scale) if name == SCALED else 1.0
     return model
 
 
 def make_optimizer(case, model, merged):
-    """Some parameters decay. For DeepSpeed, all are in one group."""
-    # A bound so far below the model that their difference keeps its digits.
+    """The optimizer of a case. Some parameters decay. For DeepSpeed, all are in one group."""
+    # The bound is far below the model, so that their difference keeps its digits.
     bound = {"loss_lower_bound": case.lower_bound, "lower_bound_fraction": 0.25}
     options = {
         "polar_method": case.polar_method,
@@ -187,7 +187,7 @@ def make_optimizer(case, model, merged):
 
 
 def gradients(case):
-    """Of each step: name to gradients, of shape (shares, ...)."""
+    """The gradients of every step by name, of shape (shares, ...)."""
     generator = torch.Generator().manual_seed(1)
     shapes = {name: p.shape for name, p in make_model(case).named_parameters() if p.requires_grad}
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""The bare optimizer on each engine, without a Trainer: how a model is put on it, and how it steps."""
+"""The bare optimizer on each engine, without a Trainer: how a model is sharded, and how it steps."""
 
 import gc
 
@@ -8,7 +8,7 @@ from exact_cases import make_model, make_optimizer
 
 
 class Replicated:
-    """What one device does, and what DistributedDataParallel does."""
+    """One device, or data parallelism as DistributedDataParallel does it."""
 
     merged = False
 
@@ -33,11 +33,11 @@ class Replicated:
         self.optimizer.step(loss=loss)
 
     def parameters(self):
-        """Whole."""
+        """The whole parameters."""
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
     def parts(self):
-        """What this rank holds of them."""
+        """This rank's shards of them."""
         return [local(p.detach()).clone() for p in self.model.parameters()]
 
     def close(self):
@@ -77,7 +77,7 @@ class Zero(Replicated):
     def __init__(self, case, **zero):
         import deepspeed
 
-        gc.freeze()  # DeepSpeed collects garbage for every engine; the modules imported so far are none
+        gc.freeze()  # DeepSpeed collects garbage for every engine, which would scan all modules
         model = make_model(case)
         config = {
             "train_micro_batch_size_per_gpu": 1,
@@ -97,7 +97,7 @@ class Zero(Replicated):
         self.engine.step()
 
     def close(self):
-        """Else DeepSpeed keeps every engine, and each new one is slower."""
+        """Without this, DeepSpeed keeps every engine, and each new one is slower."""
         self.engine.destroy()
 
 
@@ -109,7 +109,7 @@ class Zero3(Zero):
     stage = 3
 
     def backward(self, grads, is_bad):
-        """Where a parameter goes unused, ZeRO-3 gives any optimizer its gradient of the step before."""
+        """ZeRO-3 would give an unused parameter its gradient of the step before, so it gets zeros."""
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         zeros = {name: torch.zeros(p.ds_shape) for name, p in self.model.named_parameters()}
         super().backward({name: grads.get(name, zeros[name]) for name in names}, is_bad)
@@ -121,7 +121,10 @@ class Zero3(Zero):
             return super().parameters()
 
     def parts(self):
-        return [p.ds_tensor.clone() for p in self.model.parameters()]
+        """Without the padding of the last partition, which DeepSpeed never fills: it may be NaN."""
+        params = list(self.model.parameters())
+        held = [p.ds_numel - rank() * p.partition_numel() for p in params]
+        return [p.ds_tensor[: max(n, 0)].clone() for p, n in zip(params, held, strict=True)]
 
 
 ENGINES = {

@@ -11,16 +11,16 @@ from torch import nn
 
 
 def refusal(make_engine, case):
-    """The message of the first step. Every rank must get one: a rank that waited for another would hang."""
+    """The error of the first step. Every rank must get one, since a rank that waits for another hangs."""
     try:
         seen = run(make_engine, case)
     except RuntimeError as error:
         return str(error)
-    return f"no refusal, but {seen['said']}"
+    return f"no refusal, but {seen['diagnostics']}"
 
 
 class Unaveraged(Replicated):
-    """Where averages would fail before the optimizer is asked."""
+    """Averaging these gradients would fail before the optimizer steps, so they are zeros."""
 
     def backward(self, grads, is_bad):
         for p in self.model.parameters():
@@ -34,7 +34,7 @@ class FrozenOnOne(Unaveraged):
 
 
 class WithoutDdp(Unaveraged):
-    """Each rank has begun with other values."""
+    """Every rank starts with other values."""
 
     def shard(self, model):
         with torch.no_grad():

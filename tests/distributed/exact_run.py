@@ -1,39 +1,42 @@
-"""Takes the steps of a case on an engine, and says what was seen; or breaks the optimizer first."""
+"""Takes the steps of a case on an engine, as the optimizer is or with a fault, and records them."""
 
 import torch
 from counting import Flops
 from exact_cases import BROKEN, LOSSES, OFFSETS, SHARES, gradients
 from exact_engines import local, rank, world
 
-from hf_noneuclid import NonEuclideanDescent, norms
-from hf_noneuclid.layouts.exchange import Exchange
-from hf_noneuclid.layouts.ranks import Ranks
+from hf_noneuclid import NonEuclideanDescent
+from hf_noneuclid.distributed import ProcessGrid
+from hf_noneuclid.distributed.exchange import Exchange
+from hf_noneuclid.elementwise import as_scalar
 
 
 def snapshot(engine):
-    """Everything that a bad step must leave as it is, on this rank."""
+    """Everything on this rank that a bad step must not change."""
     state = engine.optimizer.state.values()
     return [*engine.parts(), *(local(x).clone() for its in state for x in its.values())]
 
 
 def count_bytes(optimizer):
-    """Of the state on this rank, and of the momenta and second moments alone."""
-    keys, plan = optimizer.state, optimizer._plan
-    held = {id(x): local(x) for its in keys.values() for x in its.values()}
-    adaptive = [piece.size for piece in plan.pieces if piece.norm in norms.ADAPTIVE_NORMS]
+    """Bytes of the state on this rank, of its momenta and second moments, and of float32 parameters."""
+    state = optimizer.state
+    held = {id(x): local(x) for its in state.values() for x in its.values()}
+
+    def named(key):
+        return sum(local(its[key]).nbytes for its in state.values() if key in its)
+
     return {
         "all": sum(x.nbytes for x in held.values()),
-        "momenta": sum(local(its["momentum"]).nbytes for its in keys.values()),
-        "float32": 4 * sum(local(p).numel() for p in keys),
-        "second_moments": 4 * sum(adaptive),
-        "units": sum(piece.units for piece in plan.pieces),
+        "momenta": named("momentum"),
+        "second_moments": named("second_moment"),
+        "float32": 4 * sum(local(p).numel() for p in state),
     }
 
 
 def run(engine_class, case):
-    """Takes the steps of a case, and says what was seen."""
+    """Takes the steps of a case, and returns a record of them."""
     engine = engine_class(case)
-    seen = {"said": [], "unchanged": []}
+    seen = {"diagnostics": [], "unchanged": []}
     mine = slice(rank() * SHARES // world(), (rank() + 1) * SHARES // world())
     with Flops() as flops:
         for step, shares in enumerate(gradients(case)):
@@ -42,7 +45,7 @@ def run(engine_class, case):
             loss = LOSSES[step] + torch.tensor(OFFSETS[mine]).mean().item()
             engine.backward(grads, is_bad=last and step == case.bad_gradient)
             engine.step(torch.nan if last and step == case.bad_loss else loss)
-            seen["said"].append(engine.optimizer.diagnostics())
+            seen["diagnostics"].append(engine.optimizer.diagnostics())
             same = [torch.equal(x, y) for x, y in zip(before, snapshot(engine), strict=False)]
             seen["unchanged"].append(all(same))
     seen |= {"parameters": engine.parameters(), "bytes": count_bytes(engine.optimizer), "flops": flops.count}
@@ -54,24 +57,24 @@ def run(engine_class, case):
 
 
 def one_ranks_loss(self, plan, loss, must_move):
-    return _check(self, plan, loss, must_move)._replace(loss=plan.scalar(loss))
+    return _check(self, plan, loss, must_move)._replace(loss=as_scalar(loss, plan.like))
 
 
-def one_ranks_dual(self, plan):
-    Ranks.sum = lambda self, x: x
-    measured = _measure(self, plan)
-    Ranks.sum = _sum
-    return measured
+def one_ranks_dual(self, plan, checked):
+    ProcessGrid.sum = lambda self, x: x
+    dual = _measure(self, plan, checked)
+    ProcessGrid.sum = _sum
+    return dual
 
 
 def first_fragment_only(flat, block, held):
-    """What another rank has the beginning of is sent as zeros."""
+    """A rank sends zeros if another one has the beginning of the block."""
     fragment = _fragment(flat, block, held)
-    return torch.zeros_like(fragment) if block.run[0] < held[0] else fragment
+    return torch.zeros_like(fragment) if block.interval[0] < held[0] else fragment
 
 
 _check, _measure = NonEuclideanDescent._check, NonEuclideanDescent._measure
-_sum, _fragment = Ranks.sum, Exchange._fragment
+_sum, _fragment = ProcessGrid.sum, Exchange._fragment
 BREAKS = {
     "loss": (NonEuclideanDescent, "_check", one_ranks_loss, _check),
     "dual": (NonEuclideanDescent, "_measure", one_ranks_dual, _measure),

@@ -21,7 +21,7 @@ def main(engine, folder):
     if engine == "refusals":
         seen = run_refusals()
     else:
-        # As plain tuples, which are equal to cases: a file cannot hold a class of __main__.
+        # The keys are plain tuples, which are equal to cases, because torch.load refuses other classes.
         seen = {tuple(case): run(ENGINES[engine], case) for case in CASES}
         seen |= {fault: run_broken(ENGINES[engine], fault) for fault in BROKEN}
     seen["ranks"] = dist.get_world_size()

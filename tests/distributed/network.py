@@ -16,12 +16,12 @@ METHODS = tuple(hf_noneuclid.METHODS)
 
 
 def learning_rate(method):
-    """So high that Momo truncates some of the steps."""
+    """High enough that Momo truncates some of the steps."""
     return 0.05 if method.startswith("polargrad") else 0.01
 
 
 def options_of(method):
-    """A lower bound not far below the loss, for the same reason.
+    """A lower bound close to the loss, so that Momo truncates some of the steps.
 
     Newton-Schulz: Polar Express lifts singular values of 1e-3 to 1, and their rounding errors with them, so
     that 20 steps of this tiny model on the same batches in another order end 1e-4 apart.
@@ -31,7 +31,7 @@ def options_of(method):
 
 
 class Experts(nn.Module):
-    """A stack of expert matrices, all of which see everything."""
+    """A stack of expert matrices. Every token goes to all of them."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ class Model(PreTrainedModel):
         return self.head
 
     def _init_weights(self, module):
-        """As the modules have done by themselves."""
+        """The modules have done it."""
 
     def forward(self, tokens, labels):
         x = self.embedding(tokens)
@@ -99,7 +99,7 @@ def make_model():
 
 
 def rows():
-    """What all steps train on, in order."""
+    """The rows of all steps, in order."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(
         VOCABULARY, (STEPS * ACCUMULATION * RANKS * BATCH, LENGTH + 1), generator=generator

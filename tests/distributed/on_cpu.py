@@ -1,4 +1,4 @@
-"""Runs a recipe on the CPU, on the engine that `accelerate launch` asked for, and notes what trained.
+"""Runs a recipe on the CPU, with the engine that `accelerate launch` chose, and records what trained.
 
 Usage: accelerate launch ... on_cpu.py FOLDER RECIPE [OPTIONS OF THE RECIPE]
 """
@@ -16,7 +16,7 @@ from transformers import Trainer
 
 
 class Witnessed:
-    """The Trainer's own methods, with what they need on a CPU, and what they leave behind."""
+    """Wraps methods of the Trainer, so that it runs on a CPU and records what trained."""
 
     make_accelerator, train = Trainer.create_accelerator_and_postprocess, Trainer.train
 
@@ -29,7 +29,7 @@ class Witnessed:
 
     def on_cpu(self, trainer):
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            # accelerate runs FSDP on accelerators only, unless it takes the processes for theirs.
+            # accelerate runs FSDP only on accelerators, so it is told that these processes have some.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         Witnessed.make_accelerator(trainer)
 
@@ -41,7 +41,7 @@ class Witnessed:
 
 
 def seen(trainer):
-    """What trained, and where the parameters lie."""
+    """What trained, and where the parameters are."""
     state, optimizer = AcceleratorState(), trainer.optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -61,7 +61,7 @@ def seen(trainer):
 
 
 def zero(engine):
-    """What DeepSpeed says of its own optimizer."""
+    """What DeepSpeed reports about its own optimizer."""
     return {
         "stage": engine.zero_optimization_stage(),
         "state_on": offload.device if (offload := engine.zero_offload_optimizer()) else "none",

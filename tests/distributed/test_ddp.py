@@ -81,7 +81,7 @@ def test_the_observed_loss_is_the_objective_of_the_global_batch(ranks, run):
 
 
 def test_averaging_tokens_across_devices_is_another_objective(ranks):
-    """Else the test above could not tell the two apart."""
+    """Otherwise the test above could not tell the two apart."""
     averaged, apart = (ranks[0]["muonmax_momo", average]["objectives"][0] for average in (True, False))
     assert abs(averaged - apart) > 1e-3
 
@@ -94,7 +94,7 @@ def test_two_ranks_train_like_one_process_on_the_global_batches(ranks, run):
 
 @pytest.mark.parametrize("method", ["muonmax_momo", "muon_momo"])
 def test_the_loss_decided_a_step_size(ranks, method):
-    """Else equal parameters would say nothing of the loss."""
+    """Otherwise equal parameters would say nothing about the loss."""
     assert min(ranks[0][method, True]["step_sizes"]) < 0.3
 
 
@@ -109,7 +109,7 @@ def test_a_nan_loss_on_one_rank_is_a_bad_step_on_both(ranks):
 
 
 def test_accelerate_launch_runs_a_script_on_two_ranks(tmp_path):
-    """Through ``-m hf_noneuclid``, the script knowing nothing of it but the name of the method."""
+    """With ``-m hf_noneuclid``, the script itself needs nothing but the name of the method."""
     script, folder = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SCRIPT)
     launch(

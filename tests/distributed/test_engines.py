@@ -30,14 +30,14 @@ def folder(tmp_path_factory, engine):
 
 @pytest.fixture(scope="module")
 def ran(engine, folder):
-    """What the two ranks saw of all methods, before they were killed in one more run."""
+    """What the two ranks saw with all methods, before one more run killed them."""
     torchrun(WORKER, "run", engine, folder, killed=True)
     return [torch.load(folder / f"run{rank}.pt") for rank in range(RANKS)]
 
 
 @pytest.fixture(scope="module")
 def went_on(engine, folder, ran):
-    """What one rank saw, and then two, which went on from checkpoints."""
+    """What one rank and then two ranks saw, which resumed from checkpoints."""
     torchrun(WORKER, "alone", engine, folder, ranks=1)
     torchrun(WORKER, "resume", engine, folder)
     resumed = [torch.load(folder / f"resume{rank}.pt") for rank in range(RANKS)]
@@ -76,14 +76,14 @@ def test_ranks_agree_to_the_bit(ran, method):
 
 @pytest.mark.parametrize("method", MOMO)
 def test_steps_are_truncated_after_the_checkpoint_and_some_are_not(ran, method):
-    """Else the tests here would say little of the loss, and nothing of the running loss that is saved."""
+    """Otherwise the tests here would say little about the loss, and nothing about the saved running loss."""
     truncated = [tau < 0.99 * learning_rate(method) for tau in ran[0][method]["step_size"]]
     assert any(truncated[STEPS // 2 :])
     assert not all(truncated)
 
 
 def test_ranks_share_the_polar_factors(ran):
-    """In one process every rank would compute what they compute together."""
+    """No rank computes much more than half."""
     for method in METHODS:
         flops = [seen[method]["polar_flops"] for seen in ran]
         assert max(flops) <= 0.6 * sum(flops)
@@ -100,14 +100,14 @@ def test_bfloat16_trains_alike_with_float32_state(ran):
 
 def test_offloaded_state_trains_like_one_process(engine, ran):
     if not engine.startswith("zero"):
-        pytest.skip("of DeepSpeed alone")
+        pytest.skip("only DeepSpeed offloads the state")
     for seen in ran:
         assert distance(seen["offload"]["parameters"], alone("muonmax_momo")["parameters"]) < 1e-4
         assert relative(seen["offload"]["step_size"], alone("muonmax_momo")["step_sizes"]) < 2e-5
 
 
 def test_ranks_send_less_than_all_matrices_and_back(engine, ran):
-    """Of two ranks each sends half of the momentum and half of the directions, or less."""
+    """Each of two ranks sends half of the momenta and half of the directions, or less."""
     matrices = sum(x.numel() for name, x in ran[0]["muon"]["parameters"].items() if is_matrix(name, x))
     for seen in ran:
         sent = seen["muonmax_momo"]["bytes_sent"]

@@ -10,26 +10,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_cases import BROKEN, CASES, STEPS
+from exact_cases import BROKEN, CASES, STEPS, make_model
 from exact_engines import Replicated
 from exact_run import run
 from launching import torchrun
+
+from hf_noneuclid import METHODS
+from hf_noneuclid.norms import ADAPTIVE_NORMS
 
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-6
 RANKS = {"replicated": 2, "fsdp2": 2, "hsdp": 4, "zero1": 2, "zero2": 2, "zero3": 2}
+REPLICAS = {**dict.fromkeys(RANKS, 1), "replicated": 2, "hsdp": 2}
 
 
 def launch(engine, ranks, folder):
-    """What each rank of a run of the worker saw."""
+    """Runs the worker, and returns what each rank saw."""
     torchrun(Path(__file__).with_name("exact_worker.py"), engine, folder, ranks=ranks)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one process sees that is given the averages."""
+    """What one process sees with the averaged gradients."""
     return {case: run(Replicated, case) for case in CASES}
 
 
@@ -65,7 +69,7 @@ def distance(ours, theirs, case):
         ((ours["parameters"][name] - x).norm() / x.norm()).item() for name, x in theirs["parameters"].items()
     ]
     for step in set(range(STEPS)) - set(bad_steps(case)):
-        one, other = ours["said"][step], theirs["said"][step]
+        one, other = ours["diagnostics"][step], theirs["diagnostics"][step]
         assert one["nuclear_norms"].keys() == other["nuclear_norms"].keys()
         pairs = [(one[key], other[key]) for key in ("step_size", "dual_norm")]
         pairs += [(one["nuclear_norms"][name], x) for name, x in other["nuclear_norms"].items()]
@@ -78,9 +82,13 @@ def test_as_many_ranks_run_as_were_asked_for(ranks, engine):
 
 
 def test_momo_truncates_some_of_the_steps_and_not_others(alone):
-    """Else the loss would not be seen in the parameters, or nothing but the loss."""
+    """Otherwise the parameters would not show the loss, or show nothing else."""
     truncated = {
-        case: [said["truncated"] for step, said in enumerate(seen["said"]) if step not in bad_steps(case)]
+        case: [
+            taken["truncated"]
+            for step, taken in enumerate(seen["diagnostics"])
+            if step not in bad_steps(case)
+        ]
         for case, seen in alone.items()
     }
     momo = [case for case in CASES if case.method.endswith("_momo")]
@@ -100,13 +108,13 @@ def test_every_rank_ends_with_the_same_bits(ranks):
         for case in CASES:
             for name, x in first[case]["parameters"].items():
                 assert torch.equal(x, other[case]["parameters"][name]), (case, name)
-            for one, two in zip(first[case]["said"], other[case]["said"], strict=True):
+            for one, two in zip(first[case]["diagnostics"], other[case]["diagnostics"], strict=True):
                 for key in ("step_size", "dual_norm", "nuclear_norms", "bad_steps"):
                     assert one.get(key) == two.get(key), (case, key)
 
 
 def test_what_is_nan_on_one_rank_changes_nothing_on_any(ranks):
-    """Neither parameters nor state, and all other steps do change them."""
+    """Bad steps change neither parameters nor state, and all other steps do."""
     for seen in ranks:
         for case in CASES:
             assert seen[case]["unchanged"] == [step in bad_steps(case) for step in range(STEPS)], case
@@ -115,25 +123,34 @@ def test_what_is_nan_on_one_rank_changes_nothing_on_any(ranks):
 def test_bad_steps_are_counted_on_every_rank(ranks, engine):
     """Where DeepSpeed sees a NaN in the gradient, it does not call the optimizer."""
     counted = 1 if engine.startswith("zero") else 2
-    assert {seen[case]["said"][-1]["bad_steps"] for seen in ranks for case in CASES} == {counted}
+    assert {seen[case]["diagnostics"][-1]["bad_steps"] for seen in ranks for case in CASES} == {counted}
 
 
 def test_a_matrix_costs_one_float32_momentum_and_nothing_else_as_large(ranks):
-    """Of what the rank holds: no copy of what it owns. The vectors of some norms keep a second moment."""
+    """A rank keeps a momentum of its shard, and no copy of the matrices that it owns."""
     for seen in ranks:
         for case in CASES:
             sizes = seen[case]["bytes"]
             assert sizes["momenta"] == sizes["float32"], case
             scalars = sizes["all"] - sizes["momenta"] - sizes["second_moments"]
             # A stale norm for each matrix, the step count, the running loss and what the lower bound knows.
-            assert 0 <= scalars <= 4 * (sizes["units"] + 3), case
+            matrices = len(seen[case]["diagnostics"][-1]["nuclear_norms"])
+            assert 0 < scalars <= 4 * (matrices + 4), case
+
+
+def test_only_vectors_of_adaptive_norms_keep_second_moments_and_each_shard_its_own(ranks, engine):
+    for case in CASES:
+        vectors = [p for p in make_model(case).parameters() if p.requires_grad and p.ndim == 1]
+        is_adaptive = METHODS[case.method].vector_norm in ADAPTIVE_NORMS
+        expected = 4 * sum(p.numel() for p in vectors) if is_adaptive else 0
+        assert sum(seen[case]["bytes"]["second_moments"] for seen in ranks) == REPLICAS[engine] * expected
 
 
 def test_every_polar_factor_is_computed_once_and_no_rank_computes_most_of_them(ranks, alone):
-    """No more than 0.6 of the operations of one process, which at two ranks would be half."""
+    """No rank computes more than 0.6 of the operations of one process. Half would be even."""
     for case in CASES:
-        whole = alone[case]["flops"] / alone[case]["said"][-1]["steps"]
-        shares = [seen[case]["flops"] / seen[case]["said"][-1]["steps"] for seen in ranks]
+        whole = alone[case]["flops"] / alone[case]["diagnostics"][-1]["steps"]
+        shares = [seen[case]["flops"] / seen[case]["diagnostics"][-1]["steps"] for seen in ranks]
         assert sum(shares) == pytest.approx(whole), case
         if case.model == "full":
             assert max(shares) <= 0.6 * whole, case
@@ -141,10 +158,10 @@ def test_every_polar_factor_is_computed_once_and_no_rank_computes_most_of_them(r
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_step_is_seen(ranks, alone, engine, fault):
-    """Else the agreement above would say nothing.
+    """Otherwise the agreement above would say nothing.
 
-    Broken are: the loss (of one rank, not the mean), D (not added up over the ranks), and the matrices on a
-    border between ranks (of which the owner sees only the beginning).
+    The faults: the loss is that of one rank, not the mean; D is not summed over the ranks; and the owner of
+    a matrix that lies on a border between ranks sees only the beginning of it.
     """
     if (engine, fault) == ("replicated", "fragment"):
         pytest.skip("no matrix lies on a border where every rank holds all")
