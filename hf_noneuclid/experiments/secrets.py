@@ -38,7 +38,7 @@ def redact_arguments(argv: Sequence[str]) -> list[str]:
         if not (is_secret or is_value):
             shown.append(argument)
         is_value = is_secret and not sign
-    return scrub(shown)
+    return list(scrub(shown))
 
 
 def scrub(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which tokens a model sees: none that come later, and none of the examples packed with its own."""
+"""Checks of what a model sees: no later token, and no example packed with its own."""
 
 import inspect
 from collections.abc import Iterator
@@ -11,42 +11,41 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_noneuclid.experiments.common import InputError
-from hf_noneuclid.experiments.training.packing import Data
+from hf_noneuclid.experiments.training.data import Corpus
 
 SHORT = 16  # tokens of an example that is compared
 
 
 def check_causality(model: PreTrainedModel) -> None:
-    """Change the last token of a sequence and compare the logits before it.
+    """Changes the last token of a sequence and compares the logits before it.
 
     Args:
-        model: as loaded; it runs without gradients, in eval mode. On several processes all must call this.
+        model: As loaded; it runs without gradients, in eval mode. On several processes all must call this.
 
     Raises:
-        InputError: the model sees later tokens, as encoders do.
+        InputError: The model sees later tokens, as encoders do.
     """
     ids = list(range(min(SHORT, model.config.get_text_config().vocab_size)))
-    changed = [*ids[:-1], ids[0]]
     with _evaluating(model):
-        before, after = (_logits(model, [tokens])[:-1] for tokens in (ids, changed))
+        before, after = (_logits(model, [tokens])[:-1] for tokens in (ids, [*ids[:-1], ids[0]]))
     if _differ(before, after):
         raise InputError(
             f"{type(model).__name__} sees the tokens that it should predict: it is an encoder, which can be "
-            f"a classifier (--task classification) but not a causal language model"
+            f"a classifier (recipes/classify.py) but not a causal language model"
         )
 
 
-def check_isolation(model: PreTrainedModel, data: Data) -> None:
-    """Compare two packed examples with themselves alone, on the model itself.
+def check_isolation(model: PreTrainedModel, data: Corpus) -> None:
+    """Compares two packed examples with the same two alone, on the model itself.
 
-    That a model takes `position_ids` does not say that it isolates by them: OPT's only shift its positions.
+    That a model takes ``position_ids`` does not say that it isolates by them: OPT's only shift its positions.
 
     Args:
-        model: as loaded; it runs without gradients, in eval mode. On several processes all must call this.
-        data: what is packed; nothing is compared where no sequence joins two examples.
+        model: As loaded; it runs without gradients, in eval mode. On several processes all must call this.
+        data: Blocks of tokens; nothing is compared where no sequence joins two examples.
 
     Raises:
-        InputError: an example sees the one before it.
+        InputError: An example sees the one before it.
     """
     examples = _joined(data)
     if examples is None:
@@ -61,10 +60,38 @@ def check_isolation(model: PreTrainedModel, data: Data) -> None:
         )
 
 
+def _joined(data: Corpus) -> list[list[int]] | None:
+    """The beginnings of the first two examples that share a sequence, None if none do."""
+    for row in chain(data.train.dataset, data.validation.dataset):
+        if "position_ids" not in row:
+            return None
+        starts = [i for i, position in enumerate(row["position_ids"]) if position == 0]
+        parts = [row["input_ids"][i:j][:SHORT] for i, j in pairwise([*starts, len(row["input_ids"])])]
+        if len(parts) > 1 and max(row["labels"][starts[1] :]) >= 0:  # otherwise the second is filling
+            return parts[:2]
+    return None
+
+
 def _differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    # Relative, of many layers; what a token sees of others is far above.
+    # Rounding is relative and adds up over the layers; what a token sees of others is far above it.
     rounding = max(1e-4, 4 * torch.finfo(found.dtype).eps)
     return bool(torch.dist(found, expected) > rounding * torch.linalg.vector_norm(expected))
+
+
+def _logits(model: PreTrainedModel, examples: list[list[int]]) -> torch.Tensor:
+    """The logits of every token, of shape (tokens, vocabulary), as the Trainer would ask for them."""
+    columns = {
+        "input_ids": [token for ids in examples for token in ids],
+        "position_ids": [position for ids in examples for position in range(len(ids))],
+    }
+    accepted = inspect.signature(model.forward).parameters  # the Trainer drops other columns
+    device = model.get_input_embeddings().weight.device
+    # Two equal sequences: some kernels isolate packed examples only when there is a single sequence.
+    inputs = {
+        name: torch.tensor([ids] * 2, device=device) for name, ids in columns.items() if name in accepted
+    }
+    logits: torch.Tensor = model(**inputs, use_cache=False).logits[1]
+    return logits
 
 
 @contextmanager
@@ -76,49 +103,22 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     model.train(was_training)
 
 
-def _joined(data: Data) -> list[list[int]] | None:
-    """Return the beginnings of the first two examples that share a sequence, None if none do."""
-    for row in chain(data.train.dataset, data.validation.dataset):
-        if "position_ids" not in row:
-            return None
-        starts = [i for i, position in enumerate(row["position_ids"]) if position == 0]
-        parts = [row["input_ids"][i:j][:SHORT] for i, j in pairwise([*starts, len(row["input_ids"])])]
-        if len(parts) > 1 and max(row["labels"][starts[1] :]) >= 0:  # else the second is what fills up
-            return parts[:2]
-    return None
-
-
-def _logits(model: PreTrainedModel, examples: list[list[int]]) -> torch.Tensor:
-    """Return the logits of every token, of shape (tokens, vocabulary), as the Trainer would ask for them."""
-    columns = {
-        "input_ids": [token for ids in examples for token in ids],
-        "position_ids": [position for ids in examples for position in range(len(ids))],
-    }
-    accepted = inspect.signature(model.forward).parameters  # the Trainer drops other columns
-    device = model.get_input_embeddings().weight.device
-    # Of two sequences: some kernels tell packed examples apart in a single one alone.
-    inputs = {
-        name: torch.tensor([ids] * 2, device=device) for name, ids in columns.items() if name in accepted
-    }
-    return model(**inputs, use_cache=False).logits[1]
-
-
 @contextmanager
 def _gathered(model: PreTrainedModel) -> Iterator[None]:
-    """Bring together what ZeRO-3 has spread over the processes, but only one layer of the stack at a time."""
+    """Gathers what ZeRO-3 has spread over the processes, but only one layer of the stack at a time."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    import deepspeed
+    from deepspeed.zero import GatheredParameters
 
     layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), ())
     inside = {weight for layer in layers for weight in layer.parameters()}
     hooks = []
     for layer in layers:
-        held = deepspeed.zero.GatheredParameters(list(layer.parameters()))
+        held = GatheredParameters(list(layer.parameters()))
         hooks.append(layer.register_forward_pre_hook(lambda *_, held=held: held.__enter__()))
         hooks.append(layer.register_forward_hook(lambda *_, held=held: held.__exit__(None, None, None)))
-    with deepspeed.zero.GatheredParameters([weight for weight in model.parameters() if weight not in inside]):
+    with GatheredParameters([weight for weight in model.parameters() if weight not in inside]):
         yield
     for hook in hooks:
         hook.remove()

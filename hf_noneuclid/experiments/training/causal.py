@@ -1,0 +1,259 @@
+"""From rows to sequences of a causal language model, and the loss over the tokens to be learnt."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from accelerate.logging import get_logger
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.training.arguments import DataArguments, FinetuneDataArguments
+from hf_noneuclid.experiments.training.data import Corpus, Documents, load_corpus
+from hf_noneuclid.experiments.training.packing import IGNORED, Blocks, collate, pack
+
+OLD_DOMAIN_BLOCKS = 128  # of what the model knew before, where --max_validation_blocks is not given
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sequence of tokens to be learnt after those that are given.
+
+    Attributes:
+        ids: The tokens.
+        given: How many are not learnt: the prompt, or the first token of a text, which nothing predicts.
+    """
+
+    ids: list[int]
+    given: int
+
+    def labels(self) -> list[int]:
+        """The tokens to be learnt, ``IGNORED`` for the others."""
+        return [IGNORED] * self.given + self.ids[self.given :]
+
+
+def encode(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: FinetuneDataArguments,
+    limit: int | None = None,
+) -> Blocks:
+    """Makes sequences of at most ``--block_size`` tokens.
+
+    Packed texts follow each other and may span sequences, as in pre-training. Packed examples stay whole, and
+    none sees another: the positions of each start from 0, which tells transformers where it begins.
+
+    Args:
+        rows: With the columns that the options name.
+        tokenizer: With an ``eos_token``.
+        args: Which columns, how long, packed or not.
+        limit: Largest number of sequences.
+
+    Raises:
+        InputError: The rows hold nothing to learn.
+    """
+    columns = [list(rows[column]) for column in args.columns.values()]
+    if args.prompt_column is None:
+        texts = [text for text in columns[0] if text]
+        _warn(len(columns[0]) - len(texts), "rows have no text and are left out")
+        if args.packing:
+            return pack(Documents(texts), tokenizer, args.block_size, limit)
+        examples = _of_texts(texts, tokenizer)
+    else:
+        examples = _of_pairs(columns[0], columns[1], tokenizer)
+    examples = _cut(examples, args.block_size)
+    if not examples:
+        raise InputError("no row is left to train on or to evaluate: see the warnings above")
+    if args.packing:
+        sequences = pack_examples(examples, args.block_size, tokenizer.eos_token_id)
+    else:
+        sequences = [{"input_ids": example.ids, "labels": example.labels()} for example in examples]
+    digest = hashlib.sha256(repr(columns).encode()).hexdigest()
+    tokens = sum(len(example.ids) for example in examples)
+    return Blocks(datasets.Dataset.from_list(sequences[:limit]), tokens, sha256=digest)
+
+
+def encode_old_domain(args: FinetuneDataArguments, tokenizer: PreTrainedTokenizerBase) -> Blocks | None:
+    """Packs what the model knew before: the files named, or what pretrain.py holds out of its own corpus."""
+    files = args.old_domain_files
+    if not files and not args.embedded:
+        return None
+    corpus = load_corpus(DataArguments(train_files=files, validation_files=files), seed=0)
+    limit = args.max_validation_blocks or OLD_DOMAIN_BLOCKS
+    return pack(corpus.validation, tokenizer, args.block_size, limit)
+
+
+def first_prompt(rows: Corpus, args: FinetuneDataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first prompt of the validation part, or the beginning of its first text."""
+    if args.prompt_column is None:
+        text = next((text for text in rows.validation[args.text_column] if text), "")
+        return str(tokenizer.decode(_tokens([text], tokenizer)[0][:8]))
+    prompt = render(rows.validation[0][args.prompt_column] or "", "", tokenizer)[0]
+    # A chat template may write what the tokenizer puts before every text by itself.
+    return prompt.removeprefix(tokenizer.bos_token) if opening(tokenizer) else prompt
+
+
+# ---------------------------------------------------------------- examples
+
+
+def _of_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    start, end = opening(tokenizer), [tokenizer.eos_token_id]
+    return [Example(start + ids + end, 1) for ids in _tokens(texts, tokenizer)]
+
+
+def _of_pairs(
+    prompts: Sequence[str | None], responses: Sequence[str | None], tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    pairs = zip(prompts, responses, strict=True)
+    kept = [(prompt or "", response) for prompt, response in pairs if response and response.strip()]
+    _warn(len(prompts) - len(kept), "responses are empty; their rows are left out")
+    written = [render(prompt, response, tokenizer) for prompt, response in kept]
+    # Tokenized one by one: no token may span the border, as none does when the model is asked.
+    asked = _tokens([prompt for prompt, _ in written], tokenizer)
+    answered = _tokens([response for _, response in written], tokenizer)
+    if tokenizer.chat_template:  # which writes beginning and end itself
+        start, answered = [], _ended(answered, tokenizer)
+    else:
+        start, answered = opening(tokenizer), [[*ids, tokenizer.eos_token_id] for ids in answered]
+    return [
+        Example(start + given + learnt, max(1, len(start + given)))
+        for given, learnt in zip(asked, answered, strict=True)
+    ]
+
+
+def _ended(responses: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Puts the end of text after responses that the chat template ends with no token of its own."""
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    endless = [marks.isdisjoint(ids) for ids in responses]
+    _warn(
+        sum(endless), f"responses have no end in the chat template: {tokenizer.eos_token} is put after each"
+    )
+    return [ids + [tokenizer.eos_token_id] * open_ for ids, open_ in zip(responses, endless, strict=True)]
+
+
+def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def render(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Prompt and response in the tokenizer's chat template; without one, with a line break between them.
+
+    Raises:
+        InputError: The chat template does not begin prompt and response with the prompt alone.
+    """
+    if not tokenizer.chat_template:
+        return prompt + "\n", response
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    answered = tokenizer.apply_chat_template(turns, tokenize=False)
+    if not answered.startswith(asked):
+        raise InputError(
+            "the tokenizer's chat template writes a prompt differently when a response follows, so it is not "
+            "known where the response starts: write the whole texts into one column, --text_column"
+        )
+    return asked, answered[len(asked) :]
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer puts before every text, if it puts one."""
+    first: list[int] = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _cut(examples: list[Example], block_size: int) -> list[Example]:
+    """Cuts sequences to the block size, and leaves out those with nothing left to learn."""
+    longer = sum(len(example.ids) > block_size for example in examples)
+    _warn(
+        longer, f"of {len(examples)} sequences are longer than --block_size {block_size} tokens and are cut"
+    )
+    kept = [Example(example.ids[:block_size], example.given) for example in examples]
+    kept = [example for example in kept if len(example.ids) > example.given]
+    _warn(len(examples) - len(kept), "have no token left to learn and are left out")
+    return kept
+
+
+def _warn(count: int, what: str) -> None:
+    if count:
+        logger.warning(f"{count} {what}")
+
+
+# ---------------------------------------------------------------- batches
+
+
+def pack_examples(examples: Iterable[Example], block_size: int, filler: int) -> list[dict[str, list[int]]]:
+    """Puts whole examples one after the other into sequences of the block size.
+
+    Args:
+        examples: Each of at most the block size.
+        block_size: Tokens in a sequence.
+        filler: Token at the end of a sequence, where no further example fits.
+    """
+    sequences: list[list[Example]] = [[]]
+    room = block_size
+    for example in examples:
+        if len(example.ids) > room:
+            sequences.append([])
+            room = block_size
+        sequences[-1].append(example)
+        room -= len(example.ids)
+    return [_join(sequence, block_size, filler) for sequence in sequences if sequence]
+
+
+def _join(examples: list[Example], block_size: int, filler: int) -> dict[str, list[int]]:
+    rest = block_size - sum(len(example.ids) for example in examples)
+    parts = [*examples, Example([filler] * rest, rest)]
+    return {
+        "input_ids": [token for part in parts for token in part.ids],
+        "labels": [label for part in parts for label in part.labels()],
+        "position_ids": [position for part in parts for position in range(len(part.ids))],
+    }
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of sequences; shorter ones are filled up, and the filling is masked."""
+
+    filler: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "labels" not in rows[0]:  # packed texts
+            return collate(rows)
+        columns = {key: [torch.tensor(row[key]) for row in rows] for key in rows[0]}
+        fillers = {"input_ids": self.filler, "labels": IGNORED, "position_ids": 0}
+        batch = {
+            key: pad_sequence(values, batch_first=True, padding_value=fillers[key])
+            for key, values in columns.items()
+        }
+        if "position_ids" not in batch:  # a mask would hide from transformers that examples are packed
+            lengths = [torch.ones(len(ids), dtype=torch.long) for ids in columns["input_ids"]]
+            batch["attention_mask"] = pad_sequence(lengths, batch_first=True)
+        return batch
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def summed_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """The sum of the losses and the number of tokens learnt of each sequence, of shape (batch, 2).
+
+    The Trainer keeps only these of the logits. Its own evaluation loss is a mean over batches, whatever the
+    number of tokens in them, so that it depends on the number of devices.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    targets = labels[:, 1:]
+    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    return torch.stack([losses.sum(dim=1), (targets != IGNORED).sum(dim=1)], dim=1)
+
+
+def summarise(evaluation: EvalPrediction) -> dict[str, float]:
+    """The mean loss in nats per token learnt, and the perplexity, from the ``summed_losses``."""
+    losses, tokens = evaluation.predictions.sum(axis=0, dtype="float64")
+    loss = float(losses / tokens)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # finite for any finite loss
