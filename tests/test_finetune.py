@@ -920,7 +920,7 @@ def test_label_columns_that_hold_no_classes():
         class_names(Corpus("data", one, one), "label")
     lists = datasets.Dataset.from_dict({"text": ["king"] * 2, "label": [[0, 1], [1, 1]]})
     args = ClassifyDataArguments(train_files=["a"])
-    with pytest.raises(ValueError, match="not one value a row: see --label_column"):
+    with pytest.raises(ValueError, match="not one value a row; choose another --label_column"):
         check_columns(lists, "data", args)
 
 

@@ -528,7 +528,7 @@ def without_packages(monkeypatch):
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: False)
     monkeypatch.setattr(
-        "hf_noneuclid.experiments.training.trainer_arguments.get_available_reporting_integrations",
+        "hf_noneuclid.experiments.training.options.get_available_reporting_integrations",
         lambda: ["tensorboard"],
     )
 

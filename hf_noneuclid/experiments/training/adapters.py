@@ -9,46 +9,34 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import HubStrategy
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import require
 from hf_noneuclid.experiments.training.arguments import ALL_LINEAR, PretrainedArguments
-from hf_noneuclid.experiments.training.trainer_arguments import RecipeArguments
+from hf_noneuclid.experiments.training.options import RecipeArguments
 
 HEADS = ("classifier", "score")  # peft's names of what is trained whole in a classifier
 
 
 def check_adapter(model_args: PretrainedArguments, base: dict[str, Any], args: RecipeArguments) -> None:
-    """Checks that others can load an adapter that is pushed.
+    """Raises InputError if an adapter would be pushed whose model is not on the Hub.
 
-    Checkpoints of adapters that are merged at the end are not pushed: ``args.hub_strategy`` becomes ``end``.
-
-    Args:
-        model_args: Whether there are adapters, and whether they are merged.
-        base: The model of the adapters (``models.describe_base``).
-        args: Whether anything is pushed.
-
-    Raises:
-        InputError: The model of the adapter is not on the Hub.
+    If it is merged at the end, its checkpoints are not pushed: ``args.hub_strategy`` becomes ``end``.
     """
     if not (args.push_to_hub and model_args.lora_rank) or (base["on_hub"] and not base["gguf_file"]):
         return
-    if not model_args.merges:
-        raise InputError(
-            f"--lora_rank {model_args.lora_rank}: nobody else could load the adapter, since its model, "
-            f"{base['name']}, is not on the Hub: push the whole model with --lora_merge true"
-        )
+    require(
+        model_args.merges,
+        f"--lora_rank {model_args.lora_rank}: nobody else could load the adapter, since its model, "
+        f"{base['name']}, is not on the Hub: push the whole model with --lora_merge true",
+    )
     args.hub_strategy = HubStrategy.END
 
 
 def add_adapters(
     model: PreTrainedModel, args: PretrainedArguments, classifies: bool, new: list[str]
 ) -> PeftModel:
-    """Freezes the model and puts LoRA adapters beside its layers; a classifier's head is trained whole.
+    """Freezes the model and puts LoRA adapters beside its layers; the head of a classifier is trained whole.
 
-    Args:
-        model: The model.
-        args: Which layers, and of which rank.
-        classifies: Whether it has a head.
-        new: Modules that the checkpoint lacks: they are trained and saved whole, as nobody else has them.
+    So are the ``new`` modules that the checkpoint lacks: nobody else has them, and they are saved whole.
 
     Raises:
         InputError: A target matches no layer; the message names those that could be meant.
@@ -58,12 +46,10 @@ def add_adapters(
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
     for target in targets:
-        if target != ALL_LINEAR and not any(f".{name}".endswith(f".{target}") for name in layers):
-            candidates = sorted({name.rpartition(".")[2] for name in layers})
-            raise InputError(
-                f"--lora_target_modules {target}: the model has no such layer; it has "
-                f"{', '.join(candidates)}, and {ALL_LINEAR} means all but the head"
-            )
+        is_found = target == ALL_LINEAR or any(f".{name}".endswith(f".{target}") for name in layers)
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        missing = f"--lora_target_modules {target}: the model has no such layer"
+        require(is_found, f"{missing}; it has {known}, and {ALL_LINEAR} means all but the head")
     # peft takes the head by itself, and no module twice, such as a part of another.
     new = [name for name in new if not any(part in HEADS for part in name.split("."))]
     new = [name for name in new if not any(name.startswith(f"{other}.") for other in new)]

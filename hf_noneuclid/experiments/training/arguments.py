@@ -1,19 +1,20 @@
-"""The arguments of the three recipes that name a model and its data."""
+"""The arguments of the recipes that name a model and its data."""
 
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import InputError, require
 
 DEFAULT_MODEL = "outputs/pretrain"
 ALL_LINEAR = "all-linear"
 EMBEDDED_CLASSES = ("library", "domain")
+COUNTS = ("block_size", "eval_blocks", "max_validation_blocks", "max_train_rows", "validation_documents")
 
 
 def option(default: Any, text: str) -> Any:
-    """A field of the classes below; the text is what ``--help`` says of it."""
+    """A field of the classes below; ``--help`` shows the text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -22,33 +23,24 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class ModelArguments:
-    """The model and tokenizer that pretrain.py trains."""
+    """The model and tokenizer for pre-training. With none named: the recipe's small GPT-2 from scratch."""
 
-    model_name_or_path: str | None = option(
-        None, "Checkpoint to continue from (Hub name or folder). Weights are kept in float32."
-    )
-    config_name: str | None = option(None, "Train from scratch with this configuration (Hub name or folder).")
-    model_type: str | None = option(
-        None,
-        "Train from scratch with the default configuration of this type: gpt2, llama, ... "
-        "With none of the three the model is the recipe's small GPT-2.",
-    )
-    config_overrides: str | None = option(
-        None, "Changes to the configuration of a model from scratch: n_layer=6,n_embd=384"
-    )
+    model_name_or_path: str | None = option(None, "Checkpoint to continue from (Hub name or folder).")
+    config_name: str | None = option(None, "Configuration of a model from scratch (Hub name or folder).")
+    model_type: str | None = option(None, "Type of a model from scratch, by its defaults: gpt2, llama, ...")
+    config_overrides: str | None = option(None, "Changes to the configuration: n_layer=6,n_embd=384")
     tokenizer_name: str | None = option(
         None,
         "Tokenizer (Hub name or folder). Default: the checkpoint's; from scratch, a byte-level BPE trained "
-        "here on the training text.",
+        "on the training text.",
     )
     vocab_size: int = option(4096, "Vocabulary of a tokenizer trained here (at least 257).")
     tokenizer_documents: int = option(100_000, "A tokenizer trained here sees at most this many documents.")
 
     def __post_init__(self) -> None:
-        sources = {name: getattr(self, name) for name in ("model_name_or_path", "config_name", "model_type")}
-        given = [f"--{name}" for name, value in sources.items() if value]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} each name a model: give one of them")
+        sources = ("model_name_or_path", "config_name", "model_type")
+        given = [f"--{name}" for name in sources if getattr(self, name)]
+        require(len(given) < 2, f"{' and '.join(given)} each name a model: give one of them")
         if self.model_name_or_path and self.config_overrides:
             raise InputError("--config_overrides is for a model from scratch, not for --model_name_or_path")
         if self.vocab_size < 257:
@@ -75,29 +67,20 @@ class PretrainedArguments:
         default_factory=lambda: [ALL_LINEAR],
         metadata={"help": "Layers with adapters, such as q_proj v_proj. Default: every linear layer."},
     )
-    lora_merge: bool = option(
-        False, "Save the whole model with the adapters merged. Always so for GGUF checkpoints."
-    )
+    lora_merge: bool = option(False, "Save the whole model with merged adapters. Always so for a GGUF file.")
 
     def __post_init__(self) -> None:
         if self.model_name_or_path and self.model_package:
             raise InputError("--model_name_or_path and --model_package each name a model: give one of them")
-        if self.lora_rank < 0:
-            raise InputError(f"--lora_rank must not be negative, not {self.lora_rank}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise InputError(f"--lora_dropout must lie in [0, 1), not {self.lora_dropout}")
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise InputError(f"--lora_alpha must be above 0, not {self.lora_alpha}")
-        if not self.lora_target_modules:
-            raise InputError("--lora_target_modules names no layer")
+        require(self.lora_rank >= 0, f"--lora_rank must not be negative, not {self.lora_rank}")
+        require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in [0, 1), not {self.lora_dropout}")
+        if self.lora_alpha is not None:
+            require(self.lora_alpha > 0, f"--lora_alpha must be above 0, not {self.lora_alpha}")
+        require(self.lora_target_modules, "--lora_target_modules names no layer")
 
     @property
     def path(self) -> str:
-        """The folder or Hub name of the checkpoint.
-
-        Raises:
-            InputError: The package of --model_package is not installed.
-        """
+        """The folder or Hub name of the checkpoint."""
         if not self.model_package:
             return self.model_name_or_path or DEFAULT_MODEL
         package = importlib.util.find_spec(self.model_package)
@@ -131,10 +114,11 @@ def describe_base(
         The same, and ``on_hub``: whether others can load it by its name.
     """
     on_hub = package is None and not Path(name).exists()
+    kept = revision if on_hub else None
     return {
         "name": package or name,
         "on_hub": on_hub,
-        "revision": revision if on_hub else None,
+        "revision": kept,
         "package": package,
         "gguf_file": gguf_file,
     }
@@ -145,18 +129,17 @@ def describe_base(
 
 @dataclass
 class SourceArguments:
-    """Where the data comes from, and how long its sequences are."""
+    """Where the data comes from, and how long its sequences are. By default it is embedded."""
 
     dataset_name: str | None = option(None, "Dataset (Hub name or folder).")
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of the dataset.")
     train_split: str = option("train", "Split to train on; train[:10%%] is allowed.")
-    validation_split: str | None = option(
-        None, "Split to evaluate on. Default: documents or rows held out of the train split."
-    )
+    validation_split: str | None = option(None, "Split to evaluate on. Default: a part of the train split.")
     text_column: str = option("text", "Column that holds the text.")
     train_files: list[str] | None = field(
-        default=None, metadata={"help": "Files to train on: json, jsonl, csv or txt (a line is a row)."}
+        default=None,
+        metadata={"help": "Files to train on: UTF-8 text; for fine-tuning rows: json, jsonl, csv or txt."},
     )
     validation_files: list[str] | None = field(default=None, metadata={"help": "Files to evaluate on."})
     block_size: int = option(256, "Largest number of tokens in a sequence.")
@@ -166,19 +149,10 @@ class SourceArguments:
     def __post_init__(self) -> None:
         if self.dataset_name and self.train_files:
             raise InputError("--dataset_name and --train_files each name a corpus: give one of them")
-        if self.validation_files and not self.train_files:
-            raise InputError("--validation_files needs --train_files")
-        counts = (
-            "block_size",
-            "eval_blocks",
-            "max_validation_blocks",
-            "max_train_rows",
-            "validation_documents",
-        )
-        for name in counts:
+        require(self.train_files or not self.validation_files, "--validation_files needs --train_files")
+        for name in COUNTS:
             value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} must be at least 1, not {value}")
+            require(value is None or value >= 1, f"--{name} must be at least 1, not {value}")
 
     @property
     def embedded(self) -> bool:
@@ -193,32 +167,25 @@ class SourceArguments:
 
 @dataclass
 class DataArguments(SourceArguments):
-    """The text for pre-training. With neither a dataset nor files it is the embedded corpus."""
+    """The text for pre-training: UTF-8 files, each a document, or a dataset; by default the embedded corpus.
 
-    train_files: list[str] | None = field(
-        default=None, metadata={"help": "UTF-8 text files to train on; each file is one document."}
-    )
-    validation_files: list[str] | None = field(
-        default=None,
-        metadata={"help": "UTF-8 text files to evaluate on. Default: the last 5%% of each training file."},
-    )
-    validation_documents: int = option(
-        1000, "Documents held out of the train split when there is no validation split."
-    )
+    Of files, the last 5 % of each are held out where no validation files are given.
+    """
+
+    validation_documents: int = option(1000, "Documents held out where there is no validation split.")
     streaming: bool = option(False, "Read the dataset while training (no download).")
     shuffle_buffer: int = option(10_000, "Documents shuffled together when streaming; 0 keeps the order.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.streaming and not self.dataset_name:
-            raise InputError("--streaming needs --dataset_name")
+        require(self.dataset_name or not self.streaming, "--streaming needs --dataset_name")
         if self.shuffle_buffer < 0:
             raise InputError(f"--shuffle_buffer must not be negative, not {self.shuffle_buffer}")
 
 
 @dataclass
 class RowArguments(SourceArguments):
-    """The rows for fine-tuning. With neither a dataset nor files: docstrings of torch and transformers."""
+    """The rows for fine-tuning: json, jsonl, csv or txt files (a line is a row), or a dataset."""
 
     validation_share: float = option(0.05, "Share of the rows held out where no validation data is named.")
     max_train_rows: int | None = option(None, "Train on at most this many rows.")
@@ -236,11 +203,9 @@ class RowArguments(SourceArguments):
 
 @dataclass
 class FinetuneDataArguments(RowArguments):
-    """The rows for a language model."""
+    """The rows for a language model; by default docstrings of torch and transformers."""
 
-    task: str | None = option(
-        None, "causal_lm, the only one. With no task and no data: both steps of the default run."
-    )
+    task: str | None = option(None, "causal_lm. With neither task nor data: the default run, both steps.")
     prompt_column: str | None = option(None, "Column of prompts; only the responses are trained on.")
     response_column: str | None = option(None, "Column of responses.")
     old_domain_files: list[str] | None = field(
@@ -249,19 +214,17 @@ class FinetuneDataArguments(RowArguments):
     packing: bool = option(True, "Fill sequences with several texts or examples.")
 
     def __post_init__(self) -> None:
-        if self.task == "classification":
-            raise InputError(
-                "--task classification has a recipe of its own: run recipes/classify.py, without --task"
-            )
-        if self.task not in (None, "causal_lm"):
-            raise InputError(
-                f"unknown --task {self.task!r}: it is causal_lm; for classes run recipes/classify.py"
-            )
+        known = self.task in (None, "causal_lm")
+        require(
+            known,
+            f"unknown --task {self.task!r}: it is causal_lm; for classification run recipes/classify.py",
+        )
         super().__post_init__()
         if (self.prompt_column is None) != (self.response_column is None):
             raise InputError("--prompt_column and --response_column belong together: give both")
-        if self.block_size == 1:
-            raise InputError("--block_size 1 leaves nothing to predict: give at least 2, better hundreds")
+        require(
+            self.block_size > 1, "--block_size 1 leaves nothing to predict: give at least 2, better hundreds"
+        )
 
     @property
     def columns(self) -> dict[str, str]:
@@ -273,14 +236,13 @@ class FinetuneDataArguments(RowArguments):
 
 @dataclass
 class ClassifyDataArguments(RowArguments):
-    """The rows for a classifier."""
+    """The rows for a classifier; by default docstrings of torch and transformers.
+
+    The embedded classes are the library of a docstring, or the domain of a text: docstring or Bible verse.
+    """
 
     label_column: str = option("label", "Column of classes.")
-    embedded_classes: str = option(
-        "library",
-        "Classes of the embedded texts: library (docstrings of torch or transformers) or domain (docstrings "
-        "or verses).",
-    )
+    embedded_classes: str = option("library", "Of the embedded texts: library or domain (docstring, verse).")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,28 +8,21 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate.logging import get_logger
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import InputError, require
 from hf_noneuclid.experiments.training.arguments import DataArguments, FinetuneDataArguments
-from hf_noneuclid.experiments.training.data import Corpus, Documents, load_corpus
+from hf_noneuclid.experiments.training.data import Corpus, Documents, load_corpus, warn
 from hf_noneuclid.experiments.training.packing import IGNORED, Blocks, collate, pack
 
 OLD_DOMAIN_BLOCKS = 128  # of what the model knew before, where --max_validation_blocks is not given
-logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A sequence of tokens to be learnt after those that are given.
-
-    Attributes:
-        ids: The tokens.
-        given: How many are not learnt: the prompt, or the first token of a text, which nothing predicts.
-    """
+    """A sequence of tokens. Those of a prompt, or the first of a text, are given and not learnt."""
 
     ids: list[int]
     given: int
@@ -48,29 +41,20 @@ def encode(
     """Makes sequences of at most ``--block_size`` tokens.
 
     Packed texts follow each other and may span sequences, as in pre-training. Packed examples stay whole, and
-    none sees another: the positions of each start from 0, which tells transformers where it begins.
-
-    Args:
-        rows: With the columns that the options name.
-        tokenizer: With an ``eos_token``.
-        args: Which columns, how long, packed or not.
-        limit: Largest number of sequences.
-
-    Raises:
-        InputError: The rows hold nothing to learn.
+    none sees another: the positions of each start from 0, which tells transformers where it begins. At most
+    ``limit`` sequences are returned.
     """
     columns = [list(rows[column]) for column in args.columns.values()]
     if args.prompt_column is None:
         texts = [text for text in columns[0] if text]
-        _warn(len(columns[0]) - len(texts), "rows have no text and are left out")
+        warn(len(columns[0]) - len(texts), "rows have no text and are left out")
         if args.packing:
             return pack(Documents(texts), tokenizer, args.block_size, limit)
         examples = _of_texts(texts, tokenizer)
     else:
         examples = _of_pairs(columns[0], columns[1], tokenizer)
     examples = _cut(examples, args.block_size)
-    if not examples:
-        raise InputError("no row is left to train on or to evaluate: see the warnings above")
+    require(examples, "no row is left to train on or to evaluate: see the warnings above")
     if args.packing:
         sequences = pack_examples(examples, args.block_size, tokenizer.eos_token_id)
     else:
@@ -113,7 +97,7 @@ def _of_pairs(
 ) -> list[Example]:
     pairs = zip(prompts, responses, strict=True)
     kept = [(prompt or "", response) for prompt, response in pairs if response and response.strip()]
-    _warn(len(prompts) - len(kept), "responses are empty; their rows are left out")
+    warn(len(prompts) - len(kept), "responses are empty; their rows are left out")
     written = [render(prompt, response, tokenizer) for prompt, response in kept]
     # Tokenized one by one: no token may span the border, as none does when the model is asked.
     asked = _tokens([prompt for prompt, _ in written], tokenizer)
@@ -132,9 +116,7 @@ def _ended(responses: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> li
     """Puts the end of text after responses that the chat template ends with no token of its own."""
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     endless = [marks.isdisjoint(ids) for ids in responses]
-    _warn(
-        sum(endless), f"responses have no end in the chat template: {tokenizer.eos_token} is put after each"
-    )
+    warn(sum(endless), f"responses have no end in the chat template: {tokenizer.eos_token} is put after each")
     return [ids + [tokenizer.eos_token_id] * open_ for ids, open_ in zip(responses, endless, strict=True)]
 
 
@@ -143,11 +125,7 @@ def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
 
 
 def render(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Prompt and response in the tokenizer's chat template; without one, with a line break between them.
-
-    Raises:
-        InputError: The chat template does not begin prompt and response with the prompt alone.
-    """
+    """Prompt and response in the tokenizer's chat template; without one, with a line break between them."""
     if not tokenizer.chat_template:
         return prompt + "\n", response
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -170,31 +148,18 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _cut(examples: list[Example], block_size: int) -> list[Example]:
     """Cuts sequences to the block size, and leaves out those with nothing left to learn."""
     longer = sum(len(example.ids) > block_size for example in examples)
-    _warn(
-        longer, f"of {len(examples)} sequences are longer than --block_size {block_size} tokens and are cut"
-    )
+    warn(longer, f"of {len(examples)} sequences are longer than --block_size {block_size} tokens and are cut")
     kept = [Example(example.ids[:block_size], example.given) for example in examples]
     kept = [example for example in kept if len(example.ids) > example.given]
-    _warn(len(examples) - len(kept), "have no token left to learn and are left out")
+    warn(len(examples) - len(kept), "have no token left to learn and are left out")
     return kept
-
-
-def _warn(count: int, what: str) -> None:
-    if count:
-        logger.warning(f"{count} {what}")
 
 
 # ---------------------------------------------------------------- batches
 
 
 def pack_examples(examples: Iterable[Example], block_size: int, filler: int) -> list[dict[str, list[int]]]:
-    """Puts whole examples one after the other into sequences of the block size.
-
-    Args:
-        examples: Each of at most the block size.
-        block_size: Tokens in a sequence.
-        filler: Token at the end of a sequence, where no further example fits.
-    """
+    """Puts whole examples into sequences, one after the other, and the filler where no further one fits."""
     sequences: list[list[Example]] = [[]]
     room = block_size
     for example in examples:

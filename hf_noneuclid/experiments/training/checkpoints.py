@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import InputError, require
 
 if TYPE_CHECKING:
-    from hf_noneuclid.experiments.training.trainer_arguments import RecipeArguments
+    from hf_noneuclid.experiments.training.options import RecipeArguments
 
 # A folder with one of these holds a run.
 RUN_FILES = (
@@ -42,10 +42,8 @@ def read_state(checkpoint: Path) -> dict[str, Any] | None:
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints in a folder, whole or not, the last one first."""
-    steps = {path: path.name.partition("-")[2] for path in folder.glob("checkpoint-*") if path.is_dir()}
-    return sorted(
-        (path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True
-    )
+    steps = {path.name.partition("-")[2]: path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True)]
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -62,14 +60,9 @@ def delete_run(folder: Path) -> None:
 
 
 def check_is_folder(folder: Path) -> None:
-    """Checks that an output folder is one, or can be made.
-
-    Raises:
-        InputError: It is a file, or under one.
-    """
+    """Raises InputError if an output folder is a file, or under one."""
     file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
-    if file is not None:
-        raise InputError(f"--output_dir {folder}: {file} is a file; give another folder")
+    require(file is None, f"--output_dir {folder}: {file} is a file; give another folder")
 
 
 def find_checkpoint(args: RecipeArguments) -> str | None:
@@ -106,13 +99,7 @@ def _find(args: RecipeArguments) -> str | None:
     checkpoint = None
     if wanted:
         checkpoint = _last_whole(folder) if wanted.lower() == "true" else Path(wanted)
-        state = read_state(checkpoint)
-        if state is None:
-            raise InputError(
-                f"--resume_from_checkpoint {checkpoint} is not a whole checkpoint: it has no "
-                f"trainer_state.json that can be read"
-            )
-        _check_steps(args, checkpoint, state)
+        _check_steps(args, checkpoint)
     if run_files(folder) and not _is_inside(checkpoint, folder) and not args.overwrite_output_dir:
         raise InputError(
             f"--output_dir {folder} holds another run ({run_files(folder)[0].name}). Go on with it: "
@@ -125,21 +112,24 @@ def _is_inside(checkpoint: Path | None, folder: Path) -> bool:
     return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
 
 
-def _check_steps(args: RecipeArguments, checkpoint: Path, state: dict[str, Any]) -> None:
-    """Refuses a run with nothing left to do: neither steps, nor results after the last one."""
+def _check_steps(args: RecipeArguments, checkpoint: Path) -> None:
+    """Checks that something is left to do: steps, or the results of a run that was killed after the last."""
+    state = read_state(checkpoint)
+    if state is None:
+        message = f"--resume_from_checkpoint {checkpoint} is not a whole checkpoint"
+        raise InputError(f"{message}: it has no trainer_state.json that can be read")
     step, last = state["global_step"], args.max_steps if args.max_steps > 0 else state["max_steps"]
     metrics = Path(args.output_dir) / "metrics.json"  # which is written last, and whole
     # The results may be those of an earlier end, after which the run went on.
     written = metrics.is_file() and json.loads(metrics.read_text(encoding="utf-8")).get("steps") == step
     lacks_results = _is_inside(checkpoint, metrics.parent) and not written
-    if step > last or (step == last and not lacks_results):
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: all of its {step} steps are done")
+    is_left = step < last or (step == last and lacks_results)
+    require(is_left, f"--resume_from_checkpoint {checkpoint}: all of its {step} steps are done")
 
 
 def _last_whole(folder: Path) -> Path:
     found = checkpoints_of(folder)
-    if not found:
-        raise InputError(f"--resume_from_checkpoint true: {folder} holds no checkpoint")
+    require(found, f"--resume_from_checkpoint true: {folder} holds no checkpoint")
     whole = next((path for path in found if read_state(path) is not None), None)
     if whole is None:
         raise InputError(

@@ -8,21 +8,19 @@ from typing import Any
 import datasets
 import evaluate
 import torch
-from accelerate.logging import get_logger
 from sklearn.metrics import accuracy_score, f1_score
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import InputError, require
 from hf_noneuclid.experiments.training.arguments import ClassifyDataArguments
-from hf_noneuclid.experiments.training.data import Corpus
+from hf_noneuclid.experiments.training.data import Corpus, warn
 from hf_noneuclid.experiments.training.packing import Blocks
 
 # More numbers than MOST_NUMBERS are a score, not classes, if they have fractions or if most are different.
 MOST_NUMBERS = 20
 MOST_DIFFERENT = 0.9  # of the rows
 UNLABELLED = -1  # in the hidden test splits of the Hub
-logger = get_logger(__name__)
 
 
 def class_names(rows: Corpus, column: str) -> list[str]:
@@ -44,8 +42,7 @@ def class_names(rows: Corpus, column: str) -> list[str]:
             f"their rows out, or train on some of them: with a larger --max_train_rows, if it is given, or "
             f"with --validation_share instead of --validation_files or --validation_split"
         )
-    if len(known) < 2:
-        raise InputError(f"{rows.name}: column {column!r} holds one class only, {train[0]!r}")
+    require(len(known) > 1, f"{rows.name}: column {column!r} holds one class only, {train[0]!r}")
     return declared or sorted(known, key=_number_or_text)
 
 
@@ -70,8 +67,7 @@ def _labels(dataset: datasets.Dataset, column: str) -> list[str]:
     """The class of every row as text."""
     values, names = dataset[column], _declared(dataset, column)
     missing = sum(value is None or (names is not None and value == UNLABELLED) for value in values)
-    if missing:
-        raise InputError(f"column {column!r}: {missing} of {len(values)} rows have no label")
+    require(not missing, f"column {column!r}: {missing} of {len(values)} rows have no label")
     return [names[value] if names else str(value) for value in values]
 
 
@@ -88,22 +84,15 @@ def encode(
     args: ClassifyDataArguments,
     names: list[str],
 ) -> Blocks:
-    """Makes tokens, cut to ``--block_size``, and numbers of classes.
-
-    Raises:
-        InputError: No row has a text.
-    """
+    """Makes tokens, cut to ``--block_size``, and numbers of classes."""
     pairs = list(zip(rows[args.text_column], _labels(rows, args.label_column), strict=True))
     kept = [(text, label) for text, label in pairs if text and text.strip()]
-    if not kept:
-        raise InputError(f"no row has a text in column {args.text_column!r}")
+    require(kept, f"no row has a text in column {args.text_column!r}")
     texts, labels = [text for text, _ in kept], [names.index(label) for _, label in kept]
     lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-    if len(kept) < len(pairs):
-        logger.warning(f"{len(pairs) - len(kept)} rows have no text and are left out")
+    warn(len(pairs) - len(kept), "rows have no text and are left out")
     longer = sum(length > args.block_size for length in lengths)
-    if longer:
-        logger.warning(f"{longer} of {len(kept)} texts are longer than --block_size and are cut")
+    warn(longer, f"of {len(kept)} texts are longer than --block_size {args.block_size} and are cut")
     encoded = tokenizer(texts, truncation=True, max_length=args.block_size)
     columns = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
     digest = hashlib.sha256(repr(kept).encode()).hexdigest()

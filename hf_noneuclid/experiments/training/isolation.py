@@ -1,4 +1,7 @@
-"""Checks of what a model sees: no later token, and no example packed with its own."""
+"""Checks of what a model sees: no later token, and no example packed with its own.
+
+They run the model as it was loaded, without gradients. All processes must call them.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -10,42 +13,29 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import require
 from hf_noneuclid.experiments.training.data import Corpus
 
 SHORT = 16  # tokens of an example that is compared
 
 
 def check_causality(model: PreTrainedModel) -> None:
-    """Changes the last token of a sequence and compares the logits before it.
-
-    Args:
-        model: As loaded; it runs without gradients, in eval mode. On several processes all must call this.
-
-    Raises:
-        InputError: The model sees later tokens, as encoders do.
-    """
+    """Raises InputError if a change of the last token changes the logits before it, as in an encoder."""
     ids = list(range(min(SHORT, model.config.get_text_config().vocab_size)))
     with _evaluating(model):
         before, after = (_logits(model, [tokens])[:-1] for tokens in (ids, [*ids[:-1], ids[0]]))
-    if _differ(before, after):
-        raise InputError(
-            f"{type(model).__name__} sees the tokens that it should predict: it is an encoder, which can be "
-            f"a classifier (recipes/classify.py) but not a causal language model"
-        )
+    require(
+        not _differ(before, after),
+        f"{type(model).__name__} sees the tokens that it should predict: it is an encoder, which can be a "
+        f"classifier (recipes/classify.py) but not a causal language model",
+    )
 
 
 def check_isolation(model: PreTrainedModel, data: Corpus) -> None:
-    """Compares two packed examples with the same two alone, on the model itself.
+    """Raises InputError if two packed examples do not give the same logits as each of them alone.
 
     That a model takes ``position_ids`` does not say that it isolates by them: OPT's only shift its positions.
-
-    Args:
-        model: As loaded; it runs without gradients, in eval mode. On several processes all must call this.
-        data: Blocks of tokens; nothing is compared where no sequence joins two examples.
-
-    Raises:
-        InputError: An example sees the one before it.
+    Nothing is compared where no sequence joins two examples.
     """
     examples = _joined(data)
     if examples is None:
@@ -53,11 +43,11 @@ def check_isolation(model: PreTrainedModel, data: Corpus) -> None:
     with _evaluating(model):
         packed = _logits(model, examples)
         alone = torch.cat([_logits(model, [ids]) for ids in examples])
-    if _differ(packed, alone):
-        raise InputError(
-            f"{type(model).__name__} does not isolate examples by their position_ids: a packed one sees "
-            f"those before it in its sequence; give --packing false"
-        )
+    require(
+        not _differ(packed, alone),
+        f"{type(model).__name__} does not isolate examples by their position_ids: a packed one sees those "
+        f"before it in its sequence; give --packing false",
+    )
 
 
 def _joined(data: Corpus) -> list[list[int]] | None:

@@ -16,7 +16,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,17 +23,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import InputError, require
 from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL, ModelArguments, PretrainedArguments
 
 # What from_pretrained raises for files that are missing, broken, truncated or of another kind.
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, EOFError, SafetensorError, struct.error)
 END_OF_TEXT = "<|endoftext|>"
 # 4.3M parameters with 4,096 tokens. No dropout: the default run sees less than half of the corpus, once.
-SMALL_GPT2 = {
-    **{"n_embd": 256, "n_layer": 4, "n_head": 4},
-    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SMALL_GPT2 = {"n_embd": 256, "n_layer": 4, "n_head": 4, **NO_DROPOUT}
 logger = get_logger(__name__)
 
 
@@ -53,7 +50,7 @@ def load_tokenizer(
     if name is None:
         sample = itertools.islice(documents, args.tokenizer_documents)
         return train_tokenizer(sample, args.vocab_size, block_size)
-    return _read_tokenizer(name, "which must stand between documents")
+    return _read_tokenizer(name, needs_end=True)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, block_size: int) -> PreTrainedTokenizerFast:
@@ -88,22 +85,18 @@ def load_config(
     Raises:
         InputError: It cannot be loaded, an override is unknown, or it fits neither tokenizer nor block size.
     """
-    pairs = [pair.partition("=") for pair in (args.config_overrides or "").split(",") if pair.strip()]
-    for key, sign, _ in pairs:
-        if not sign:
-            raise InputError(f"--config_overrides takes key=value,key=value; {key!r} has no value")
-    overrides = {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+    overrides = _parse_overrides(args.config_overrides)
     name, model_type = args.model_name_or_path or args.config_name, args.model_type or "gpt2"
-    if not name and model_type not in CONFIG_MAPPING:
-        raise InputError(f"unknown --model_type {model_type!r}: transformers has no such configuration")
+    is_known = name or model_type in CONFIG_MAPPING
+    require(is_known, f"unknown --model_type {model_type!r}: transformers has no such configuration")
     try:
         config = AutoConfig.from_pretrained(name) if name else CONFIG_MAPPING[model_type]()
         _check_known(config, overrides)
         if not name:
             kinds = ("bos", "eos", "pad")
-            sizes = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
+            fitted = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
             small = {} if args.model_type else {**SMALL_GPT2, "n_positions": block_size}
-            config = type(config)(**{"vocab_size": len(tokenizer), **sizes, **small, **overrides})
+            config = type(config)(**{"vocab_size": len(tokenizer), **fitted, **small, **overrides})
         elif overrides:
             config = type(config).from_dict({**config.to_dict(), **overrides})
     except InputError:
@@ -112,6 +105,33 @@ def load_config(
         raise InputError(f"cannot build the configuration {name or model_type}: {error}") from error
     _check_sizes(config, tokenizer, block_size)
     return config
+
+
+def _parse_overrides(text: str | None) -> dict[str, Any]:
+    pairs = [pair.partition("=") for pair in (text or "").split(",") if pair.strip()]
+    for key, sign, _ in pairs:
+        require(sign, f"--config_overrides takes key=value,key=value; {key!r} has no value")
+    return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+
+
+def _check_known(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
+    known = ", ".join(sorted(config.to_dict()))
+    unknown = ", ".join(key for key in overrides if not hasattr(config, key))
+    kind = f"a {config.model_type} configuration"
+    require(not unknown, f"--config_overrides: {kind} has no {unknown}; it has {known}")
+
+
+def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+    """Checks that there is a row for every token, and a position for every token of a sequence."""
+    sizes, count = config.get_text_config(), len(tokenizer)
+    if count > sizes.vocab_size:
+        raise InputError(
+            f"the tokenizer has {count} tokens but the model's embedding only {sizes.vocab_size} rows: use "
+            f"the model's own tokenizer, or, from scratch, --config_overrides vocab_size={count}"
+        )
+    positions = getattr(sizes, "max_position_embeddings", None) or block_size
+    too_long = f"--block_size {block_size} is longer than the model's {positions} positions"
+    require(block_size <= positions, too_long)
 
 
 def load_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
@@ -146,11 +166,10 @@ def load_pretrained_tokenizer(args: PretrainedArguments, classifies: bool) -> Pr
     """
     name = args.tokenizer_name or args.path
     source = {} if args.tokenizer_name else _source(args)
-    needed = None if classifies else "which must stand at the end of a text"
-    tokenizer = _read_tokenizer(name, needed, _hint(args), **source)
+    tokenizer = _read_tokenizer(name, not classifies, _hint(args), **source)
     if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"the tokenizer {name} has neither a pad_token nor an eos_token to fill up with")
+        missing = f"the tokenizer {name} has neither a pad_token nor an eos_token to fill up with"
+        require(tokenizer.eos_token_id is not None, missing)
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -175,8 +194,8 @@ def load_pretrained(
     Raises:
         InputError: It cannot be loaded, is an adapter, or fits neither tokenizer nor block size.
     """
-    if (Path(args.path) / "adapter_config.json").is_file():
-        raise InputError(f"{args.path} holds an adapter, not a model: make it with --lora_merge true")
+    is_adapter = (Path(args.path) / "adapter_config.json").is_file()
+    require(not is_adapter, f"{args.path} holds an adapter, not a model: make it with --lora_merge true")
     try:
         _check_sizes(AutoConfig.from_pretrained(args.path, **_source(args)), tokenizer, block_size)
         model, report = _load(args, names)
@@ -184,8 +203,8 @@ def load_pretrained(
         raise
     except UNREADABLE as error:
         raise InputError(f"cannot load the model {args.path}: {error}{_hint(args)}") from error
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
     if names is None:
         model.loss_type = model.loss_type or "ForCausalLM"  # transformers warns where it has to guess
     weights = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
@@ -203,7 +222,7 @@ def _load(args: PretrainedArguments, names: list[str] | None) -> tuple[PreTraine
     numbers = {name: i for i, name in enumerate(names)}
     options |= {"id2label": dict(enumerate(names)), "label2id": numbers, "num_labels": len(names)}
     options["ignore_mismatched_sizes"] = True  # of a head for other classes, which is checked below
-    model, report = AutoModelForSequenceClassification.from_pretrained(args.path, **options)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(args.path, **options)
     _check_head(args.path, report["mismatched_keys"], len(names))
     return model, report
 
@@ -213,10 +232,9 @@ def _check_head(
 ) -> None:
     """Warns that a head for another number of classes is new; refuses other weights that do not fit."""
     for name, found, expected in sorted(mismatched):
-        if expected[0] != count or list(found[1:]) != list(expected[1:]):
-            raise InputError(
-                f"{path}: {name} is of shape {list(found)}, its config.json says {list(expected)}"
-            )
+        is_head = expected[0] == count and list(found[1:]) == list(expected[1:])
+        shapes = f"is of shape {list(found)}, its config.json says {list(expected)}"
+        require(is_head, f"{path}: {name} {shapes}")
     if mismatched:
         name, found, _ = min(mismatched)
         logger.warning(
@@ -225,45 +243,19 @@ def _check_head(
         )
 
 
+def _read_tokenizer(name: str, needs_end: bool, hint: str = "", **source: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    except UNREADABLE as error:
+        raise InputError(f"cannot load the tokenizer {name}: {error}{hint}") from error
+    has_end = tokenizer.eos_token_id is not None
+    require(has_end or not needs_end, f"the tokenizer {name} has no eos_token to put at the end of a text")
+    return tokenizer
+
+
 def _source(args: PretrainedArguments) -> dict[str, str]:
     return {"revision": args.model_revision, **({"gguf_file": args.gguf_file} if args.gguf_file else {})}
 
 
 def _hint(args: PretrainedArguments) -> str:
     return "; run recipes/pretrain.py first" if args.path == DEFAULT_MODEL else ""
-
-
-# ---------------------------------------------------------------- both
-
-
-def _read_tokenizer(name: str, needed: str | None, hint: str = "", **source: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    except UNREADABLE as error:
-        raise InputError(f"cannot load the tokenizer {name}: {error}{hint}") from error
-    if needed and tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer {name} has no eos_token, {needed}")
-    return tokenizer
-
-
-def _check_known(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
-    unknown = [key for key in overrides if not hasattr(config, key)]
-    if unknown:
-        raise InputError(
-            f"--config_overrides: a {config.model_type} configuration has no {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(config.to_dict()))}"
-        )
-
-
-def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
-    """Checks that there is a row for every token, and a position for every token of a sequence."""
-    text_config = config.get_text_config()
-    if len(tokenizer) > text_config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only "
-            f"{text_config.vocab_size} rows: use the model's own tokenizer, or, from scratch, "
-            f"--config_overrides vocab_size={len(tokenizer)}"
-        )
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions is not None and block_size > positions:
-        raise InputError(f"--block_size {block_size} is longer than the model's {positions} positions")

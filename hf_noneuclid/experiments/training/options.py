@@ -4,41 +4,138 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from hf_noneuclid.experiments.common import ExitCode
-from hf_noneuclid.experiments.secrets import holds_secret, redact_arguments, scrub
+from hf_noneuclid.experiments import secrets
+from hf_noneuclid.experiments.common import ExitCode, InputError, require
+from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL as DEFAULT_MODEL
 from hf_noneuclid.experiments.training.arguments import (
-    DEFAULT_MODEL,
     ClassifyDataArguments,
     DataArguments,
     FinetuneDataArguments,
     ModelArguments,
     PretrainedArguments,
-)
-from hf_noneuclid.experiments.training.trainer_arguments import (
-    ClassifyArguments,
-    FinetuneArguments,
-    PretrainArguments,
-    RecipeArguments,
+    option,
 )
 
-__all__ = [
-    "ARGUMENT_TYPES",
-    "DEFAULT_MODEL",
-    "DataArguments",
-    "ModelArguments",
-    "RecipeArguments",
-    "describe_call",
-    "given",
-    "parse",
-    "read_config",
-]
+OUTPUT = "Where checkpoints, the model, metrics.json and curves.png go."
+NEVER_LISTED = {"azure_ml", "flyte"}  # transformers never lists these trackers as installed
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """The Trainer's own arguments with the defaults of the recipes, and what they add to them."""
+
+    output_dir: str = option(DEFAULT_MODEL, OUTPUT)
+    overwrite_output_dir: bool = option(False, "Delete what an earlier run left in the output folder.")
+    resume_from_checkpoint: str | None = option(None, "true: from the last checkpoint there; or a path.")
+    global_batch_size: int | None = option(None, "Sequences in a step on all devices together; only checked.")
+    decay_fraction: float = option(0.6, "Last part of the steps, in which the learning rate goes down.")
+    overwrite_hub_model: bool = option(False, "Replace another model that the repository on the Hub holds.")
+    hub_license: str | None = option(None, "Licence of the weights for the model card: apache-2.0, mit, ...")
+    data_license: str | None = option(None, "Licence of the data for the model card, where it is not known.")
+
+    optim: str = option("muonmax_momo", "A method of hf_noneuclid or an optimizer of the Trainer.")
+    learning_rate: float | None = option(1e-2, "Peak learning rate.")
+    lr_scheduler_type: str = option(
+        "warmup_stable_decay", "Without lr_scheduler_kwargs: constant, then linear down to 10%% of the peak."
+    )
+    max_grad_norm: float = option(1.0, "Largest norm of the gradient.")
+    max_steps: int = option(200, "Steps; -1 to train for num_train_epochs instead.")
+    per_device_train_batch_size: int = option(8, "Sequences in a step on each device.")
+    per_device_eval_batch_size: int = option(8, "Sequences in an evaluation step on each device.")
+    data_seed: int | None = option(None, "Seed of the order of the data. Default: --seed.")
+    # The Trainer's own default, True, searches the graph in every step; these models use all their weights.
+    ddp_find_unused_parameters: bool | None = option(False, "Look for weights without a gradient under DDP.")
+    logging_steps: float = option(5, "Steps between logs; below 1 a part of all.")
+    # The filter replaces a NaN by the mean so far: a diverged run would look healthy.
+    logging_nan_inf_filter: bool = option(False, "Leave NaN out of logged losses.")
+    eval_strategy: str = option("steps", "When to evaluate: no, steps, epoch.")
+    eval_steps: float | None = option(0.2, "Steps between evaluations; below 1 a part of all steps.")
+    save_steps: float = option(0.5, "Steps between checkpoints; below 1 a part of all steps.")
+    save_total_limit: int | None = option(2, "Checkpoints kept.")
+
+    def __post_init__(self) -> None:
+        secrets.keep_token(self)
+        super().__post_init__()
+        self.data_seed = self.seed if self.data_seed is None else self.data_seed
+        self.dataloader_pin_memory &= self.device.type != "cpu"  # torch warns of it at every evaluation
+        if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
+            self.resume_from_checkpoint = None
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise InputError(
+                f"--max_steps must be at least 1, or -1 to train for --num_train_epochs, not {self.max_steps}"
+            )
+        in_range = 0.0 <= self.decay_fraction <= 1.0
+        require(in_range, f"--decay_fraction must lie in [0, 1], not {self.decay_fraction}")
+        if self.global_batch_size not in (None, self.sequences_per_step):
+            raise InputError(
+                f"--global_batch_size {self.global_batch_size} is not {self.per_device_train_batch_size} "
+                f"(per_device_train_batch_size) x {self.gradient_accumulation_steps} "
+                f"(gradient_accumulation_steps) x {self.world_size * max(1, self.n_gpu)} (devices) = "
+                f"{self.sequences_per_step}: change one of the first two"
+            )
+        try:  # the Trainer would complain only after model and data are loaded
+            get_reporting_integration_callbacks(self.report_to)
+        except ValueError as error:
+            raise InputError(f"--report_to: {error}") from error
+        missing = set(self.report_to) - {*get_available_reporting_integrations(), *NEVER_LISTED}
+        require(not missing, f"--report_to {', '.join(sorted(missing))}: it is not installed, or too old")
+
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from the plain Trainer's defaults, and those that recipes add."""
+        plain = {item.name: item.default for item in fields(TrainingArguments)}
+        values = {key: value for key, value in self.to_dict().items() if not key.endswith("_token")}
+        return {key: value for key, value in values.items() if key not in plain or value != plain[key]}
+
+    @property
+    def method(self) -> str:
+        """The name given with --optim, which the Trainer makes a member of an enumeration."""
+        return str(getattr(self.optim, "value", self.optim))
+
+    @property
+    def sequences_per_step(self) -> int:
+        """The global batch size: sequences in a step on all devices together."""
+        return int(self.train_batch_size * self.gradient_accumulation_steps * self.world_size)
+
+
+@dataclass
+class SampleArguments:
+    """The text that a language model writes at the end."""
+
+    sample_tokens: int = option(120, "Length of the text generated at the end; 0 for none.")
+    prompt: str | None = option(None, "Start of that text. Default: the start of the validation part.")
+
+
+@dataclass
+class PretrainArguments(SampleArguments, RecipeArguments):
+    """How pretrain.py trains."""
+
+
+@dataclass
+class ClassifyArguments(RecipeArguments):
+    """How classify.py trains."""
+
+    output_dir: str = option("outputs/classify", OUTPUT)
+    learning_rate: float | None = option(None, "Peak learning rate. Default: the preset's.")
+    preset: bool = option(True, "Take options of our methods that are not given from training/presets.py.")
+    max_steps: int = option(60, "Steps; -1 to train for num_train_epochs instead.")
+    include_num_input_tokens_seen: str = option("all", "Which tokens are counted: all, non_padding, no.")
+
+
+@dataclass
+class FinetuneArguments(SampleArguments, ClassifyArguments):
+    """How finetune.py trains: as classify.py, and it writes a text."""
+
+    output_dir: str = option("outputs/finetune", OUTPUT)
+
 
 ARGUMENT_TYPES: dict[str, tuple[type, type, type]] = {
     "pretrain": (ModelArguments, DataArguments, PretrainArguments),
@@ -48,18 +145,19 @@ ARGUMENT_TYPES: dict[str, tuple[type, type, type]] = {
 """The arguments of each recipe: of the model, of the data, and of the Trainer."""
 
 
+# ---------------------------------------------------------------- parsing
+
+
 class _Parser(HfArgumentParser):
-    """The Trainer's usage text has several pages, so an error is printed without it."""
+    """A parser that prints errors without its usage text, which has several pages."""
+
+    def __init__(self, types: Sequence[type]) -> None:
+        super().__init__(types, prog=Path(sys.argv[0]).name, allow_abbrev=False)
+        self.add_argument("--config", metavar="FILE.yaml", help="Defaults that the command line overrides.")
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {scrub(message)} (--help lists every option)", file=sys.stderr)
+        print(f"{self.prog}: error: {secrets.scrub(message)} (--help lists every option)", file=sys.stderr)
         raise SystemExit(ExitCode.BAD_INPUT)
-
-
-def _parser(types: Sequence[type]) -> _Parser:
-    parser = _Parser(types, prog=Path(sys.argv[0]).name, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="Defaults that the command line overrides.")
-    return parser
 
 
 def parse(argv: Sequence[str], types: Sequence[type]) -> tuple[Any, ...]:
@@ -75,7 +173,7 @@ def parse(argv: Sequence[str], types: Sequence[type]) -> tuple[Any, ...]:
     Raises:
         SystemExit: An option is unknown, or its value cannot be used; the message says which.
     """
-    parser = _parser(types)
+    parser = _Parser(types)
     config = read_config(argv, parser)
     try:
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
@@ -86,21 +184,6 @@ def parse(argv: Sequence[str], types: Sequence[type]) -> tuple[Any, ...]:
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     return tuple(parsed)
-
-
-def given(argv: Sequence[str], types: Sequence[type], known: Sequence[type]) -> dict[str, Any]:
-    """The options that a command line and its config file give, without secrets.
-
-    Args:
-        argv: A command line that ``parse`` accepts.
-        types: Its dataclasses.
-        known: The dataclasses of another recipe; options that it does not have are left out.
-    """
-    parser, names = _parser(types), {item.name for kind in known for item in fields(kind)}
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    values = {**read_config(argv, parser), **vars(parser.parse_args(list(argv)))}
-    return {name: value for name, value in values.items() if name in names and not holds_secret(name, value)}
 
 
 def read_config(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
@@ -138,6 +221,18 @@ def _as_arguments(config: dict[str, Any], parser: argparse.ArgumentParser) -> li
     return arguments
 
 
+def given(argv: Sequence[str], recipe: str, other: str) -> dict[str, Any]:
+    """The options that a command line of one recipe gives, without secrets, as far as another knows them."""
+    parser = _Parser(ARGUMENT_TYPES[recipe])
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    values = {**read_config(argv, parser), **vars(parser.parse_args(list(argv)))}
+    values = {name: value for name, value in values.items() if not secrets.holds_secret(name, value)}
+    known = {item.name for kind in ARGUMENT_TYPES[other] for item in fields(kind)}
+    return {name: value for name, value in values.items() if name in known}
+
+
 def describe_call(recipe: str, argv: Sequence[str]) -> dict[str, Any]:
     """How a recipe was called, for metrics.json, without any secret."""
-    return {"recipe": recipe, "command": redact_arguments(argv), "config": scrub(read_config(argv))}
+    command, config = secrets.redact_arguments(argv), secrets.scrub(read_config(argv))
+    return {"recipe": recipe, "command": command, "config": config}

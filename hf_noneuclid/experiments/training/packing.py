@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import require
 from hf_noneuclid.experiments.training.data import Documents
 
 IGNORED = -100  # the label of a token that no loss is taken of
@@ -21,15 +21,10 @@ BATCH = 256  # pieces handed over together: the tokenizer spreads them over the 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Sequences of tokens, and what is needed to compare results on them.
+    """Sequences of tokens, rows of ``input_ids``, and what the results say of them.
 
-    Attributes:
-        dataset: Rows of ``input_ids``.
-        tokens: Number of tokens of the text, with its document ends and the last partial block.
-        utf8_bytes: Length of the text.
-        sha256: Of the text and its document ends.
-
-    The last three are None where the text is not held in memory.
+    That is the number of tokens, with the document ends and the last partial block, the length of the text,
+    and its hash. They are None where the text is not held in memory.
     """
 
     dataset: Any
@@ -43,14 +38,8 @@ def pack(
 ) -> Blocks:
     """Packs documents into blocks held in memory.
 
-    Documents follow each other with the end-of-text token after each, and may span blocks. Only the tokens of
-    the last partial block are lost.
-
-    Args:
-        documents: The texts.
-        tokenizer: Must have an ``eos_token``.
-        block_size: Tokens in a block.
-        limit: Largest number of blocks.
+    Documents follow each other with the tokenizer's ``eos_token`` after each, and may span blocks. Only the
+    tokens of the last partial block are lost, and those after ``limit`` blocks.
 
     Raises:
         InputError: The text does not fill one block.
@@ -65,10 +54,7 @@ def pack(
         if limit is not None and tokens >= limit * block_size:
             break
     count = tokens // block_size if limit is None else min(limit, tokens // block_size)
-    if count == 0:
-        raise InputError(
-            f"{tokens} tokens do not fill one block of --block_size {block_size}: more text is needed"
-        )
+    require(count, f"{tokens} tokens do not fill one block of --block_size {block_size}: give more text")
     rows = np.concatenate(chunks)[: count * block_size].reshape(count, block_size)
     dataset = datasets.Dataset.from_dict({"input_ids": rows}).with_format("numpy")
     return Blocks(dataset, tokens, utf8_bytes, digest.hexdigest())
@@ -78,15 +64,12 @@ def pack_lazily(documents: Documents, tokenizer: PreTrainedTokenizerBase, block_
     """Packs as ``pack`` does, but does not hold the rows of a dataset in memory.
 
     A stream is packed as it is read; another dataset on disk, in the cache of the datasets library.
-
-    Raises:
-        InputError: The text does not fill one block.
     """
     if documents.column is None:
         return pack(documents, tokenizer, block_size)
     options = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
-    if next(_blocks(documents, tokenizer, block_size), None) is None:
-        raise InputError(f"the training text does not fill one block of --block_size {block_size}")
+    has_block = next(_blocks(documents, tokenizer, block_size), None) is not None
+    require(has_block, f"the training text does not fill one block of --block_size {block_size}")
     if isinstance(documents.rows, datasets.IterableDataset):
         return Blocks(BlockStream(documents, tokenizer, block_size))
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=block_size)})

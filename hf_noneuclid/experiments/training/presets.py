@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hf_noneuclid.experiments.common import option_pairs
-from hf_noneuclid.experiments.training.trainer_arguments import ClassifyArguments
+from hf_noneuclid.experiments.training.options import ClassifyArguments
 from hf_noneuclid.methods import FREE_METHOD, METHODS, all_names, canonical_name
 
 ADAM_LEARNING_RATE = 5e-5  # the Trainer's own default, for its own optimizers

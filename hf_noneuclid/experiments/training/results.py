@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from hf_noneuclid.experiments.common import (
 )
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.training.data import Corpus
-from hf_noneuclid.experiments.training.trainer_arguments import FinetuneArguments, PretrainArguments
+from hf_noneuclid.experiments.training.options import FinetuneArguments, PretrainArguments
 
 logger = get_logger(__name__)
 PACKAGES = ("hf_noneuclid", "torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -37,13 +37,22 @@ def write_results(trainer: Trainer, data: Corpus, loss: float, results: dict[str
     """Writes history.json, curves.png and at last metrics.json, which says that the run has finished.
 
     Args:
-        trainer: After training; its ``facts`` are kept, too.
+        trainer: A ``RecipeTrainer`` after training; its ``facts`` are kept, too.
         data: The ``Blocks`` that it was trained and evaluated on.
         loss: The mean loss over all of the validation part, in nats.
         results: What else was measured.
     """
     folder, history = Path(trainer.args.output_dir), trainer.state.log_history
-    metrics = {**describe_run(trainer, loss), **results, "corpus": describe_corpus(data)}
+    corpus = {
+        "name": data.name,
+        "license": data.license,
+        "train_sha256": data.train.sha256,
+        "train_tokens": data.train.tokens,
+        "validation_sha256": data.validation.sha256,
+        "validation_tokens": data.validation.tokens,
+        "validation_blocks": len(data.validation.dataset),
+    }
+    metrics = {**describe_run(trainer, loss), **results, "corpus": corpus}
     if metrics["diverged"]:
         rows = (row for row in history if not math.isfinite(row.get("loss", row.get("eval_loss", 0.0))))
         metrics["diverged_at"] = next((row["step"] for row in rows), None)
@@ -74,23 +83,7 @@ def describe_run(trainer: Trainer, loss: float) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "parameters": count_parameters(trainer.model),
         "hardware": {**describe_hardware(trainer.args.device), "processes": trainer.args.world_size},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in PACKAGES},
-        },
-    }
-
-
-def describe_corpus(data: Corpus) -> dict[str, Any]:
-    """What tells one corpus from another: its name, and the hashes and sizes of its parts."""
-    return {
-        "name": data.name,
-        "license": data.license,
-        "train_sha256": data.train.sha256,
-        "train_tokens": data.train.tokens,
-        "validation_sha256": data.validation.sha256,
-        "validation_tokens": data.validation.tokens,
-        "validation_blocks": len(data.validation.dataset),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
 
@@ -112,14 +105,8 @@ def write_metrics(path: Path, metrics: Any) -> None:
 def show_sample(folder: Path, prompt: str, args: PretrainArguments | FinetuneArguments, loss: float) -> None:
     """Prints how the saved model continues a prompt, unless it diverged or ``--sample_tokens`` is 0.
 
-    The model is loaded as a user would load it; the same seed gives the same text.
-
-    Args:
-        folder: With the model and its tokenizer.
-        prompt: The start of the text, where ``--prompt`` gives none. If it would leave the sample less than
-            half of the model's positions, its beginning is cut off.
-        args: How much text, and the seed.
-        loss: The final one.
+    The model is loaded from the folder as a user would load it; the same seed gives the same text. A prompt
+    that would leave the sample less than half of the model's positions loses its beginning.
     """
     if args.sample_tokens <= 0 or not math.isfinite(loss):
         return
@@ -158,12 +145,7 @@ def _saved_model(folder: Path) -> Any:
 
 
 def plot_curves(path: Path, history: History) -> None:
-    """Draws losses, and learning rate with the step size where there is one, against the step.
-
-    Args:
-        path: PNG file, written whole or not at all.
-        history: The Trainer's log history.
-    """
+    """Draws losses, and learning rate with the step size where there is one, against the step: a PNG file."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.8, 2.6), layout="constrained")
         losses, rates = figure.subplots(1, 2)

@@ -9,56 +9,42 @@ from typing import Any
 
 import torch.distributed as dist
 from huggingface_hub import HfApi
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import TrainOutput
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 
 from hf_noneuclid import DivergedError
 from hf_noneuclid.experiments.common import ExitCode, InputError, PushError
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.training.checkpoints import delete_run, read_state
+from hf_noneuclid.experiments.training.options import RecipeArguments
 from hf_noneuclid.experiments.training.results import count_parameters, write_metrics
-from hf_noneuclid.experiments.training.trainer_arguments import RecipeArguments
+
+# The word in the message and the exit code of the errors after which the user has to act.
+EXITS: dict[type[Exception], tuple[str, ExitCode]] = {
+    InputError: ("error", ExitCode.BAD_INPUT),
+    DivergedError: ("diverged", ExitCode.DIVERGED),
+    PushError: ("error", ExitCode.NOT_PUSHED),
+}
 
 
 @contextmanager
 def exit_codes(recipe: str) -> Iterator[None]:
     """Ends the process with a message and an exit code, not with a traceback, where the user has to act.
 
-    As a decorator it also leaves the process group when the function has returned and its Trainer is gone:
+    As a decorator it also leaves the process group, when the function has returned and its Trainer is gone:
     destroying a DDP model after its group can hang.
-
-    Args:
-        recipe: Name of the script, for the messages.
     """
     try:
         yield
-    except (InputError, DivergedError, PushError) as error:
-        codes = {
-            InputError: ExitCode.BAD_INPUT,
-            DivergedError: ExitCode.DIVERGED,
-            PushError: ExitCode.NOT_PUSHED,
-        }
-        word = "diverged" if isinstance(error, DivergedError) else "error"
+    except tuple(EXITS) as error:
+        word, code = EXITS[type(error)]
         print(f"{recipe}: {scrub(f'{word}: {error}')}", file=sys.stderr)
-        raise SystemExit(next(code for kind, code in codes.items() if isinstance(error, kind))) from error
+        raise SystemExit(code) from error
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
-    """Builds the optimizer and throws it away: a wrong option should stop the run before a file is written.
-
-    Raises:
-        InputError: An option is unknown or out of range, the method finds nothing to train in the model, or
-            the package of the optimizer is not installed.
-    """
+    """Raises InputError if the optimizer cannot be built, so that no file is written before that is known."""
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if "params" in options:  # one of ours; it allocates no state before its first step
@@ -81,7 +67,7 @@ class RecipeTrainer(Trainer):
         self._steps_done = 0
         self._nothing_left = False
 
-    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
         """Trains the steps that a checkpoint leaves; deletes an old run first, with --overwrite_output_dir.
 
         Raises:
@@ -155,17 +141,15 @@ class BeforeAndAfter(TrainerCallback):
     """Measures what a model can do before and after fine-tuning; the log history keeps it.
 
     Args:
-        trainer: The Trainer; it evaluates before its first step, when its engine has prepared the model.
-        parts: Datasets to evaluate on, by what precedes the names of their metrics: ``""`` for the validation
-            part, ``"old_domain_"``.
+        trainer: The Trainer; the first step is when its engine has prepared the model.
+        parts: Datasets to evaluate on, by the prefix of their metrics: ``""`` for the validation part,
+            ``"old_domain_"``.
     """
 
     def __init__(self, trainer: Trainer, parts: Mapping[str, Any]) -> None:
         self.trainer, self.parts = trainer, parts
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Evaluates, unless the training goes on from a checkpoint."""
         if state.global_step == 0:
             self.evaluate(BEFORE)
@@ -185,11 +169,11 @@ class BeforeAndAfter(TrainerCallback):
     def table(self) -> str:
         """The metrics before and after, one a line."""
         before, after = self._recall(BEFORE), self._recall(AFTER)
-        lines = [f"{'':24}{'before':>10}{'after':>10}"]
-        for name, value in after.items():
-            first = f"{before[name]:10.4f}" if name in before else f"{'':10}"
-            lines.append(f"{name.replace('_', ' '):24}{first}{value:10.4f}")
-        return "\n".join(lines)
+        rows = [
+            f"{name.replace('_', ' '):24}{before.get(name, math.nan):10.4f}{value:10.4f}"
+            for name, value in after.items()
+        ]
+        return "\n".join([f"{'':24}{'before':>10}{'after':>10}", *rows])
 
     def _recall(self, moment: str) -> dict[str, float]:
         """What was measured at a moment; a resumed run finds it in the history of its checkpoint."""
