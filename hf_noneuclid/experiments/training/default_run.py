@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from hf_noneuclid.experiments.common import InputError, recipes_folder
+from hf_noneuclid.experiments.common import recipes_folder, require
+from hf_noneuclid.experiments.secrets import redact_arguments
 from hf_noneuclid.experiments.training.checkpoints import check_is_folder, run_files
 from hf_noneuclid.experiments.training.options import DEFAULT_MODEL, given
 
@@ -18,21 +19,19 @@ from hf_noneuclid.experiments.training.options import DEFAULT_MODEL, given
 # beginnings teach more than a few whole ones; a step has as many tokens as the language model's. Gradients
 # are small: a learning rate that suits the language model would hardly move the classifier.
 CLASSIFIER = {"block_size": 64, "per_device_train_batch_size": 32, "max_steps": 100, "learning_rate": 1e-2}
-FIRST_MODEL = ("model_package", "gguf_file", "tokenizer_name", "lora_merge")  # options that only it has
+FIRST_MODEL = ("model_package", "gguf_file", "tokenizer_name")  # options that name it
 
 
 def run_default(argv: Sequence[str], model_args: Any, args: Any) -> None:
     """Runs pretrain.py if its model is not there, finetune.py and classify.py, each as a process of its own.
 
-    Args:
-        argv: The command line of finetune.py; classify.py takes those of its options that it knows.
-        model_args: The same, parsed.
-        args: The same, parsed.
+    classify.py takes the options of the command line of finetune.py that it knows.
 
     Raises:
         InputError: An option makes sense for one training alone, or an output folder holds another run.
         SystemExit: A command failed.
     """
+    argv = redact_arguments(argv)  # the environment has the token
     folder = Path(args.output_dir)
     first, second = folder / "docstrings", folder / "library"
     _check(args, first, second)
@@ -57,14 +56,12 @@ def run_default(argv: Sequence[str], model_args: Any, args: Any) -> None:
 
 
 def _check(args: Any, *folders: Path) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "without --task everything runs in one process: give --task causal_lm to use several"
-        )
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    require(alone, "without --task everything runs in one process: give --task causal_lm to use several")
     for name in ("resume_from_checkpoint", "push_to_hub"):
-        if getattr(args, name):
-            raise InputError(f"--{name} is for one training: give --task causal_lm, or run classify.py")
+        message = f"--{name} is for one training: give --task causal_lm, or run classify.py"
+        require(not getattr(args, name), message)
     for folder in folders:
         check_is_folder(folder)
-        if run_files(folder) and not args.overwrite_output_dir:
-            raise InputError(f"{folder} holds another run: --overwrite_output_dir, or another --output_dir")
+        is_free = args.overwrite_output_dir or not run_files(folder)
+        require(is_free, f"{folder} holds another run: --overwrite_output_dir, or another --output_dir")

@@ -15,15 +15,9 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from hf_noneuclid.experiments import secrets
 from hf_noneuclid.experiments.common import ExitCode, InputError, require
+from hf_noneuclid.experiments.training import arguments
 from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL as DEFAULT_MODEL
-from hf_noneuclid.experiments.training.arguments import (
-    ClassifyDataArguments,
-    DataArguments,
-    FinetuneDataArguments,
-    ModelArguments,
-    PretrainedArguments,
-    option,
-)
+from hf_noneuclid.experiments.training.arguments import option
 
 OUTPUT = "Where checkpoints, the model, metrics.json and curves.png go."
 NEVER_LISTED = {"azure_ml", "flyte"}  # transformers never lists these trackers as installed
@@ -138,9 +132,9 @@ class FinetuneArguments(SampleArguments, ClassifyArguments):
 
 
 ARGUMENT_TYPES: dict[str, tuple[type, type, type]] = {
-    "pretrain": (ModelArguments, DataArguments, PretrainArguments),
-    "finetune": (PretrainedArguments, FinetuneDataArguments, FinetuneArguments),
-    "classify": (PretrainedArguments, ClassifyDataArguments, ClassifyArguments),
+    "pretrain": (arguments.ModelArguments, arguments.DataArguments, PretrainArguments),
+    "finetune": (arguments.PretrainedArguments, arguments.FinetuneDataArguments, FinetuneArguments),
+    "classify": (arguments.PretrainedArguments, arguments.ClassifyDataArguments, ClassifyArguments),
 }
 """The arguments of each recipe: of the model, of the data, and of the Trainer."""
 
@@ -174,10 +168,10 @@ def parse(argv: Sequence[str], types: Sequence[type]) -> tuple[Any, ...]:
         SystemExit: An option is unknown, or its value cannot be used; the message says which.
     """
     parser = _Parser(types)
-    config = read_config(argv, parser)
     try:
+        _set_defaults(parser, read_config(argv))
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
-            [*_as_arguments(config, parser), *argv], return_remaining_strings=True, look_for_args_file=False
+            list(argv), return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError) as error:  # the Trainer's own checks of its arguments
         parser.error(str(error))
@@ -186,39 +180,35 @@ def parse(argv: Sequence[str], types: Sequence[type]) -> tuple[Any, ...]:
     return tuple(parsed)
 
 
-def read_config(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
-    """What the YAML file of ``--config`` holds; empty without one."""
+def read_config(argv: Sequence[str]) -> dict[str, Any]:
+    """What the YAML file of ``--config`` holds; empty without one.
+
+    Raises:
+        InputError: It cannot be read, or is not a table of options.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
     if path is None:
         return {}
-    parser = parser or finder
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {error}")
+        raise InputError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
-        parser.error(f"--config {path}: expected `option: value` lines, found a {type(values).__name__}")
+        raise InputError(f"--config {path}: expected `option: value` lines, found a {type(values).__name__}")
     return values
 
 
-def _as_arguments(config: dict[str, Any], parser: argparse.ArgumentParser) -> list[str]:
-    """Writes YAML values as command-line arguments, so that they are checked in the same way."""
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    unknown = sorted(str(key) for key in config if key not in actions)
-    if unknown:
-        parser.error(f"unknown keys in the --config file: {', '.join(unknown)}")
-    arguments: list[str] = []
+def _set_defaults(parser: argparse.ArgumentParser, config: dict[str, Any]) -> None:
+    """Makes YAML values the defaults, as texts: argparse checks those as it checks the command line."""
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    unknown = ", ".join(sorted(str(key) for key in config if key not in known))
+    require(not unknown, f"unknown keys in the --config file: {unknown}")
     for key, value in config.items():
-        if isinstance(value, list) and actions[key].nargs == "+":
-            arguments += [f"--{key}", *map(str, value)]
-        elif isinstance(value, list):  # a list of lists has no form on the command line
-            parser.set_defaults(**{key: value})
-        elif value is not None:
+        if value is not None:
             text = json.dumps(value) if isinstance(value, dict | bool) else str(value)
-            arguments.append(f"--{key}={text}")
-    return arguments
+            parser.set_defaults(**{key: value if isinstance(value, list) else text})
 
 
 def given(argv: Sequence[str], recipe: str, other: str) -> dict[str, Any]:
@@ -226,7 +216,7 @@ def given(argv: Sequence[str], recipe: str, other: str) -> dict[str, Any]:
     parser = _Parser(ARGUMENT_TYPES[recipe])
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    values = {**read_config(argv, parser), **vars(parser.parse_args(list(argv)))}
+    values = {**read_config(argv), **vars(parser.parse_args(list(argv)))}
     values = {name: value for name, value in values.items() if not secrets.holds_secret(name, value)}
     known = {item.name for kind in ARGUMENT_TYPES[other] for item in fields(kind)}
     return {name: value for name, value in values.items() if name in known}

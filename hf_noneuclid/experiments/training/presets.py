@@ -12,14 +12,9 @@ ADAM_LEARNING_RATE = 5e-5  # the Trainer's own default, for its own optimizers
 
 @dataclass(frozen=True)
 class Preset:
-    """Options that are taken where the user gives none.
+    """A learning rate and options of ``--optim_args``, for a user who gives none.
 
-    Attributes:
-        learning_rate: Peak learning rate.
-        momo_learning_rate: The same where Momo finds its lower bound F* itself: there the steps are truncated
-            far below the learning rate.
-        options: Of ``--optim_args``.
-        momo_options: More of them where Momo finds its lower bound.
+    Those of Momo hold where it finds its lower bound F* itself: it then truncates most steps.
     """
 
     learning_rate: float

@@ -15,16 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from hf_noneuclid.experiments.common import (
-    BLUE,
-    STYLE,
-    VERMILION,
-    History,
-    describe_hardware,
-    finite,
-    series,
-    write_whole,
-)
+from hf_noneuclid.experiments import common
+from hf_noneuclid.experiments.common import series
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.training.data import Corpus
 from hf_noneuclid.experiments.training.options import FinetuneArguments, PretrainArguments
@@ -82,7 +74,7 @@ def describe_run(trainer: Trainer, loss: float) -> dict[str, Any]:
         "diverged": not math.isfinite(loss),
         "steps": trainer.state.global_step,
         "parameters": count_parameters(trainer.model),
-        "hardware": {**describe_hardware(trainer.args.device), "processes": trainer.args.world_size},
+        "hardware": {**common.describe_hardware(trainer.args.device), "processes": trainer.args.world_size},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
@@ -95,8 +87,8 @@ def count_parameters(model: torch.nn.Module, trained_only: bool = False) -> int:
 
 def write_metrics(path: Path, metrics: Any) -> None:
     """Writes JSON, whole or not at all; a NaN or infinity becomes null, which JSON has."""
-    text = json.dumps(finite(scrub(metrics)), indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    text = json.dumps(common.finite(scrub(metrics)), indent=2, allow_nan=False) + "\n"
+    common.write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # ---------------------------------------------------------------- a sample of text
@@ -144,9 +136,9 @@ def _saved_model(folder: Path) -> Any:
 # ---------------------------------------------------------------- curves
 
 
-def plot_curves(path: Path, history: History) -> None:
+def plot_curves(path: Path, history: common.History) -> None:
     """Draws losses, and learning rate with the step size where there is one, against the step: a PNG file."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(common.STYLE):
         figure = Figure(figsize=(6.8, 2.6), layout="constrained")
         losses, rates = figure.subplots(1, 2)
         _draw(losses, history, {"loss": "training", "eval_loss": "evaluation"})
@@ -155,11 +147,13 @@ def plot_curves(path: Path, history: History) -> None:
         rates.set_ylabel("learning rate, step size")
         if any(value > 0 for value in series(history, "learning_rate")[1]):
             rates.set_yscale("log")
-        write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=200))
+        common.write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=200))
 
 
-def _draw(axes: Axes, history: History, labels: dict[str, str]) -> None:
-    for (key, label), (colour, line) in zip(labels.items(), ((BLUE, "-"), (VERMILION, "--")), strict=True):
+def _draw(axes: Axes, history: common.History, labels: dict[str, str]) -> None:
+    for (key, label), (colour, line) in zip(
+        labels.items(), ((common.BLUE, "-"), (common.VERMILION, "--")), strict=True
+    ):
         steps, values = series(history, key)
         if steps:
             marker = "o" if key == "eval_loss" else None
