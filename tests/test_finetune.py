@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 from collections import Counter
@@ -693,6 +694,23 @@ def test_the_config_file_counts_for_both_tasks(tmp_path, base, monkeypatch):
     _, data_args, args = parse(commands[1], ARGUMENT_TYPES["classify"])
     assert (args.max_steps, data_args.block_size) == (5, 48)
     assert (args.learning_rate, args.per_device_train_batch_size) == (1e-2, 32)
+
+
+def test_the_default_run_writes_and_prints_no_token(tmp_path, base, monkeypatch, capsys):
+    token = "hf_aToken0123456789abcdef"
+    monkeypatch.setenv("HF_TOKEN", "")
+    commands = []
+    monkeypatch.setattr(
+        default_run.subprocess,
+        "run",
+        lambda command, check: commands.append(command) or subprocess.CompletedProcess(command, 0),
+    )
+    finetune.main([*QUICK, f"--model_name_or_path={base}", f"--output_dir={tmp_path}", "--hub_token", token])
+    assert len(commands) == 2
+    assert os.environ["HF_TOKEN"] == token
+    assert token not in capsys.readouterr().out + str(commands)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text()] == []
+    assert (tmp_path / "library.yaml").is_file()
 
 
 @pytest.mark.parametrize("named_in", ["command line", "config file"])

@@ -166,7 +166,7 @@ def load_pretrained_tokenizer(args: PretrainedArguments, classifies: bool) -> Pr
     """
     name = args.tokenizer_name or args.path
     source = {} if args.tokenizer_name else _source(args)
-    tokenizer = _read_tokenizer(name, not classifies, _hint(args), **source)
+    tokenizer = _read_tokenizer(name, not classifies, **source)
     if tokenizer.pad_token_id is None:
         missing = f"the tokenizer {name} has neither a pad_token nor an eos_token to fill up with"
         require(tokenizer.eos_token_id is not None, missing)
@@ -202,7 +202,7 @@ def load_pretrained(
     except InputError:
         raise
     except UNREADABLE as error:
-        raise InputError(f"cannot load the model {args.path}: {error}{_hint(args)}") from error
+        raise InputError(f"cannot load the model {args.path}: {error}{_hint(args.path)}") from error
     for config in (model.config, model.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
     if names is None:
@@ -243,11 +243,11 @@ def _check_head(
         )
 
 
-def _read_tokenizer(name: str, needs_end: bool, hint: str = "", **source: str) -> PreTrainedTokenizerBase:
+def _read_tokenizer(name: str, needs_end: bool, **source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except UNREADABLE as error:
-        raise InputError(f"cannot load the tokenizer {name}: {error}{hint}") from error
+        raise InputError(f"cannot load the tokenizer {name}: {error}{_hint(name)}") from error
     has_end = tokenizer.eos_token_id is not None
     require(has_end or not needs_end, f"the tokenizer {name} has no eos_token to put at the end of a text")
     return tokenizer
@@ -257,5 +257,5 @@ def _source(args: PretrainedArguments) -> dict[str, str]:
     return {"revision": args.model_revision, **({"gguf_file": args.gguf_file} if args.gguf_file else {})}
 
 
-def _hint(args: PretrainedArguments) -> str:
-    return "; run recipes/pretrain.py first" if args.path == DEFAULT_MODEL else ""
+def _hint(name: str) -> str:
+    return "; run recipes/pretrain.py first" if name == DEFAULT_MODEL else ""

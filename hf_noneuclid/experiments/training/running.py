@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from huggingface_hub import HfApi
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 
 from hf_noneuclid import DivergedError
@@ -120,12 +119,6 @@ class RecipeTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call=True)
 
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Makes the repository, and the branch of --hub_revision, which the Trainer expects to be there."""
-        super().init_hf_repo(*args, **kwargs)
-        if self.is_world_process_zero() and self.args.hub_revision:
-            HfApi().create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Pushes a checkpoint, except of a diverged run: its weights are of no use."""
         last = {name: value for row in self.state.log_history for name, value in row.items()}
@@ -141,7 +134,7 @@ class BeforeAndAfter(TrainerCallback):
     """Measures what a model can do before and after fine-tuning; the log history keeps it.
 
     Args:
-        trainer: The Trainer; the first step is when its engine has prepared the model.
+        trainer: The Trainer. It evaluates as its training begins: its engine has prepared the model then.
         parts: Datasets to evaluate on, by the prefix of their metrics: ``""`` for the validation part,
             ``"old_domain_"``.
     """
