@@ -20,7 +20,6 @@ from transformers.integrations import unset_hf_deepspeed_config
 from hf_noneuclid.experiments.common import InputError
 from hf_noneuclid.experiments.publishing.checks import check_hub
 from hf_noneuclid.experiments.publishing.model import push
-from hf_noneuclid.experiments.training.arguments import describe_base
 from hf_noneuclid.experiments.training.causal import summarise, summed_losses
 from hf_noneuclid.experiments.training.checkpoints import find_checkpoint
 from hf_noneuclid.experiments.training.data import load_corpus
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("a stream has no known length: --streaming needs --max_steps")
 
     # What is written later must not change what these names mean.
-    name = model_args.model_name_or_path
-    base_model = describe_base(name) if name else None
+    base_model = model_args.base
     checkpoint = find_checkpoint(args)
     check_hub(args)
     set_seed(args.seed)

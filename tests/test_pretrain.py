@@ -454,7 +454,7 @@ def test_datasets_that_cannot_be_used(tmp_path, capsys, dataset_folder, streamin
     message = refused(tmp_path, capsys, *flags, "--text_column=content")
     assert "no column 'content'" in message
     assert "text, id" in message
-    assert "holds int, not text" in refused(tmp_path, capsys, *flags, "--text_column=id")
+    assert "holds int64, not text" in refused(tmp_path, capsys, *flags, "--text_column=id")
     assert "split test" in refused(tmp_path, capsys, *flags, "--validation_split=test")
     message = refused(tmp_path, capsys, *flags, "--validation_documents=350")
     assert ("train part holds no text" if streaming == "true" else "350 leaves none to train on") in message

@@ -48,6 +48,11 @@ class ModelArguments:
                 f"--vocab_size {self.vocab_size}: 256 bytes and the end of text need at least 257"
             )
 
+    @property
+    def base(self) -> dict[str, Any] | None:
+        """The checkpoint for metrics.json, None from scratch."""
+        return describe_base(self.model_name_or_path) if self.model_name_or_path else None
+
 
 @dataclass
 class PretrainedArguments:
@@ -90,7 +95,7 @@ class PretrainedArguments:
 
     @property
     def base(self) -> dict[str, Any]:
-        """The checkpoint for metrics.json; see ``describe_base``."""
+        """The checkpoint for metrics.json."""
         return describe_base(self.path, self.model_revision, self.model_package, self.gguf_file)
 
     @property
@@ -102,26 +107,10 @@ class PretrainedArguments:
 def describe_base(
     name: str, revision: str | None = None, package: str | None = None, gguf_file: str | None = None
 ) -> dict[str, Any]:
-    """What a training starts from, for metrics.json; later the folders may hold something else.
-
-    Args:
-        name: Hub name or folder of the checkpoint.
-        revision: Branch, tag or commit of a model on the Hub.
-        package: The Python package that holds the checkpoint, which then is its name.
-        gguf_file: The GGUF file of the checkpoint.
-
-    Returns:
-        The same, and ``on_hub``: whether others can load it by its name.
-    """
+    """What a training starts from, and whether others can load it from the Hub by its name."""
     on_hub = package is None and not Path(name).exists()
-    kept = revision if on_hub else None
-    return {
-        "name": package or name,
-        "on_hub": on_hub,
-        "revision": kept,
-        "package": package,
-        "gguf_file": gguf_file,
-    }
+    known = {"revision": revision if on_hub else None, "package": package, "gguf_file": gguf_file}
+    return {"name": package or name, "on_hub": on_hub, **known}
 
 
 # ---------------------------------------------------------------- data
@@ -160,6 +149,11 @@ class SourceArguments:
         return not self.dataset_name and not self.train_files
 
     @property
+    def columns(self) -> dict[str, str]:
+        """The columns that are needed, by the option that names them."""
+        return {"text_column": self.text_column}
+
+    @property
     def title(self) -> str:
         """What the results call a dataset of the Hub."""
         return " ".join(filter(None, (self.dataset_name, self.dataset_config_name, self.dataset_revision)))
@@ -194,11 +188,6 @@ class RowArguments(SourceArguments):
         super().__post_init__()
         if not 0.0 < self.validation_share < 1.0:
             raise InputError(f"--validation_share must lie between 0 and 1, not {self.validation_share}")
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """The columns that are needed, by the option that names them."""
-        return {"text_column": self.text_column}
 
 
 @dataclass

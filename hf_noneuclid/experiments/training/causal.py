@@ -50,7 +50,8 @@ def encode(
         warn(len(columns[0]) - len(texts), "rows have no text and are left out")
         if args.packing:
             return pack(Documents(texts), tokenizer, args.block_size, limit)
-        examples = _of_texts(texts, tokenizer)
+        start, end = opening(tokenizer), [tokenizer.eos_token_id]
+        examples = [Example(start + ids + end, 1) for ids in _tokens(texts, tokenizer)]
     else:
         examples = _of_pairs(columns[0], columns[1], tokenizer)
     examples = _cut(examples, args.block_size)
@@ -85,11 +86,6 @@ def first_prompt(rows: Corpus, args: FinetuneDataArguments, tokenizer: PreTraine
 
 
 # ---------------------------------------------------------------- examples
-
-
-def _of_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    start, end = opening(tokenizer), [tokenizer.eos_token_id]
-    return [Example(start + ids + end, 1) for ids in _tokens(texts, tokenizer)]
 
 
 def _of_pairs(

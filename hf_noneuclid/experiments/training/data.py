@@ -11,7 +11,12 @@ from accelerate.logging import get_logger
 
 from hf_noneuclid.experiments.common import InputError, require
 from hf_noneuclid.experiments.training import embedded
-from hf_noneuclid.experiments.training.arguments import ClassifyDataArguments, DataArguments, RowArguments
+from hf_noneuclid.experiments.training.arguments import (
+    ClassifyDataArguments,
+    DataArguments,
+    RowArguments,
+    SourceArguments,
+)
 
 HELD_OUT_SHARE = 0.05  # of each local text file when no validation files are given
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
@@ -89,13 +94,8 @@ def _documents(args: DataArguments, seed: int) -> Corpus:
 
 def _load_texts(args: DataArguments, split: str) -> Any:
     dataset = _load_split(args, split, streaming=args.streaming)
-    source, column = f"dataset {args.dataset_name}, split {split}", args.text_column
-    first: Any = next(iter(dataset), None)
-    require(first is not None, f"{source} is empty")
-    if column not in first:
-        raise InputError(f"{source} has no column {column!r}; --text_column is one of: {', '.join(first)}")
-    if not isinstance(first[column], str | None):
-        raise InputError(f"{source}: column {column!r} holds {type(first[column]).__name__}, not text")
+    first = datasets.Dataset.from_list(list(dataset.take(1)))  # a stream may not know its columns
+    check_columns(first, f"dataset {args.dataset_name}, split {split}", args)
     return dataset
 
 
@@ -160,18 +160,18 @@ def load_rows(args: RowArguments) -> Corpus:
     return rows
 
 
-def check_columns(dataset: datasets.Dataset, name: str, args: RowArguments) -> None:
+def check_columns(dataset: datasets.Dataset, name: str, args: SourceArguments) -> None:
     """Raises InputError unless the columns that are needed are there, and hold text where it is needed."""
-    require(len(dataset) > 0, f"{name}: a part of the data has no rows")
+    require(len(dataset) > 0, f"{name}: a part of the data is empty")
     known = dataset.column_names
     for option, column in args.columns.items():
         if column not in known:
             raise InputError(f"{name} has no column {column!r}; --{option} is one of: {', '.join(known)}")
         feature = dataset.features[column]
         is_text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
-        kind = KINDS.get(option, "one value a row")
+        kind, held = KINDS.get(option, "one value a row"), getattr(feature, "dtype", feature)
         fits = is_text if option in KINDS else isinstance(feature, datasets.Value | datasets.ClassLabel)
-        require(fits, f"{name}: column {column!r} holds {feature}, not {kind}; choose another --{option}")
+        require(fits, f"{name}: column {column!r} holds {held}, not {kind}; choose another --{option}")
 
 
 def _read_rows(names: list[str]) -> datasets.Dataset:
@@ -222,7 +222,7 @@ def _of_every_class(labels: Iterable[Any], count: int) -> list[int]:
     return sorted(row for _, row in sorted(placed)[:count])
 
 
-def _load_split(args: DataArguments | RowArguments, split: str, streaming: bool = False) -> Any:
+def _load_split(args: SourceArguments, split: str, streaming: bool = False) -> Any:
     return _load(
         f"dataset {args.dataset_name}, split {split}",
         path=args.dataset_name,
