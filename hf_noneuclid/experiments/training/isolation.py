@@ -99,16 +99,16 @@ def _gathered(model: PreTrainedModel) -> Iterator[None]:
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero  # an attribute of the package, not a module
 
     layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), ())
     inside = {weight for layer in layers for weight in layer.parameters()}
     hooks = []
     for layer in layers:
-        held = GatheredParameters(list(layer.parameters()))
+        held = zero.GatheredParameters(list(layer.parameters()))
         hooks.append(layer.register_forward_pre_hook(lambda *_, held=held: held.__enter__()))
         hooks.append(layer.register_forward_hook(lambda *_, held=held: held.__exit__(None, None, None)))
-    with GatheredParameters([weight for weight in model.parameters() if weight not in inside]):
+    with zero.GatheredParameters([weight for weight in model.parameters() if weight not in inside]):
         yield
     for hook in hooks:
         hook.remove()
