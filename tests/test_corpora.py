@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_noneuclid.experiments.training import corpus, options, packing
-from hf_noneuclid.experiments.training import model as recipe_model
+from hf_noneuclid.experiments.training import packing
+from hf_noneuclid.experiments.training.arguments import DataArguments
+from hf_noneuclid.experiments.training.data import Documents, load_corpus
+from hf_noneuclid.experiments.training.model import train_tokenizer
 
 DOCUMENTS = ["the king\n", "", "of the land and the people of the land", "a", "über alles\nthe end"]
 
@@ -18,11 +20,11 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return recipe_model.train_tokenizer(["the king of the land\n", "and the people"] * 3, 280, 8)
+    return train_tokenizer(["the king of the land\n", "and the people"] * 3, 280, 8)
 
 
 def test_the_embedded_corpus_holds_out_whole_chapters():
-    loaded = corpus.load_corpus(options.DataArguments(), seed=0)
+    loaded = load_corpus(DataArguments(), seed=0)
     train_part, validation = list(loaded.train), list(loaded.validation)
     assert len(train_part) + len(validation) == 1189
     assert not set(train_part) & set(validation)
@@ -32,7 +34,7 @@ def test_the_embedded_corpus_holds_out_whole_chapters():
 def test_a_file_is_cut_at_a_line_end(tmp_path):
     text = "".join(f"line {i}\n" for i in range(100))
     (tmp_path / "a.txt").write_text(text)
-    loaded = corpus.load_corpus(options.DataArguments(train_files=[str(tmp_path / "a.txt")]), seed=0)
+    loaded = load_corpus(DataArguments(train_files=[str(tmp_path / "a.txt")]), seed=0)
     (train,), (validation,) = loaded.train, loaded.validation
     assert train + validation == text
     assert train.endswith("\n")
@@ -43,7 +45,7 @@ def test_validation_files_leave_the_training_files_whole(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(f"\ufeffthe text of {name}", encoding="utf-8")
     files = {"train_files": [str(tmp_path / "a")], "validation_files": [str(tmp_path / "b")]}
-    loaded = corpus.load_corpus(options.DataArguments(**files), seed=0)
+    loaded = load_corpus(DataArguments(**files), seed=0)
     assert [*loaded.train, *loaded.validation] == ["the text of a", "the text of b"]
 
 
@@ -52,7 +54,7 @@ def test_a_dataset_without_validation_split_holds_out_its_first_documents(tmp_pa
     lines = "".join(f'{{"body": "text {i}"}}\n' for i in range(10))
     (tmp_path / "train.jsonl").write_text(lines)
     options_ = {"dataset_name": str(tmp_path), "text_column": "body", "validation_documents": 3}
-    loaded = corpus.load_corpus(options.DataArguments(**options_, streaming=streaming), seed=0)
+    loaded = load_corpus(DataArguments(**options_, streaming=streaming), seed=0)
     assert list(loaded.validation) == ["text 0", "text 1", "text 2"]
     assert sorted(loaded.train) == [f"text {i}" for i in range(3, 10)]
     assert (list(loaded.train) == sorted(loaded.train)) != streaming, (
@@ -66,16 +68,14 @@ def test_a_dataset_with_a_validation_split(tmp_path_factory):
     )  # tmp_path has "test" in its name, which datasets take for a split
     for split in ("train", "validation"):
         (folder / f"{split}.jsonl").write_text(f'{{"text": "of {split}"}}\n' * 2)
-    loaded = corpus.load_corpus(
-        options.DataArguments(dataset_name=str(folder), validation_split="validation"), seed=0
-    )
+    loaded = load_corpus(DataArguments(dataset_name=str(folder), validation_split="validation"), seed=0)
     assert [*loaded.train, *loaded.validation] == ["of train"] * 2 + ["of validation"] * 2
 
 
 def test_packing_loses_nothing_but_the_last_partial_block(tokenizer):
     ids = [i for text in DOCUMENTS if text for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     for block_size in (1, 3, 8):
-        blocks = packing.pack(corpus.Documents(DOCUMENTS), tokenizer, block_size)
+        blocks = packing.pack(Documents(DOCUMENTS), tokenizer, block_size)
         rows = np.stack(list(blocks.dataset["input_ids"]))
         assert rows.flatten().tolist() == ids[: len(ids) // block_size * block_size]
         assert blocks.tokens == len(ids)
@@ -83,7 +83,7 @@ def test_packing_loses_nothing_but_the_last_partial_block(tokenizer):
 
 
 def test_a_limit_keeps_tokens_and_bytes_of_what_was_read(tokenizer):
-    blocks = packing.pack(corpus.Documents(DOCUMENTS), tokenizer, 3, limit=1)
+    blocks = packing.pack(Documents(DOCUMENTS), tokenizer, 3, limit=1)
     assert len(blocks.dataset) == 1
     assert blocks.utf8_bytes == len(DOCUMENTS[0].encode())
     assert blocks.tokens == len(tokenizer(DOCUMENTS[0])["input_ids"]) + 1
@@ -92,17 +92,17 @@ def test_a_limit_keeps_tokens_and_bytes_of_what_was_read(tokenizer):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_lazy_packing_gives_the_same_blocks(tokenizer, streaming):
     rows = datasets.Dataset.from_dict({"body": DOCUMENTS})
-    documents = corpus.Documents(rows.to_iterable_dataset() if streaming else rows, "body")
+    documents = Documents(rows.to_iterable_dataset() if streaming else rows, "body")
     lazy = packing.pack_lazily(documents, tokenizer, 3).dataset
     assert isinstance(lazy, IterableDataset) == streaming
-    expected = packing.pack(corpus.Documents(DOCUMENTS), tokenizer, 3).dataset
+    expected = packing.pack(Documents(DOCUMENTS), tokenizer, 3).dataset
     assert [list(row["input_ids"]) for row in lazy] == [list(row["input_ids"]) for row in expected]
 
 
 def test_a_stream_is_shuffled_anew_in_each_epoch(tokenizer):
     rows = datasets.Dataset.from_dict({"text": [f"{i} king" for i in range(50)]}).to_iterable_dataset()
     stream = packing.pack_lazily(
-        corpus.Documents(rows.shuffle(seed=0, buffer_size=50), "text"), tokenizer, 8
+        Documents(rows.shuffle(seed=0, buffer_size=50), "text"), tokenizer, 8
     ).dataset
     epochs = []
     for epoch in (0, 1, 0):
@@ -113,7 +113,7 @@ def test_a_stream_is_shuffled_anew_in_each_epoch(tokenizer):
 
 def test_loader_processes_share_the_documents_of_a_stream(tokenizer):
     rows = datasets.Dataset.from_dict({"text": [f"{i:02} king of the land" for i in range(20)]})
-    documents = corpus.Documents(rows.to_iterable_dataset(num_shards=2), "text")
+    documents = Documents(rows.to_iterable_dataset(num_shards=2), "text")
     stream = packing.pack_lazily(documents, tokenizer, 1).dataset
     batches = DataLoader(stream, batch_size=1, num_workers=2, collate_fn=packing.collate)
     seen = [batch["input_ids"].item() for batch in batches]
@@ -122,11 +122,11 @@ def test_loader_processes_share_the_documents_of_a_stream(tokenizer):
 
 def test_long_documents_are_cut_at_line_ends_only(tokenizer, monkeypatch):
     text = "the king\nof the land\n\nand the people of a long line without end\nthe end"
-    whole = packing.pack(corpus.Documents([text]), tokenizer, 2)
+    whole = packing.pack(Documents([text]), tokenizer, 2)
     monkeypatch.setattr(packing, "PIECE", 4)
     lines = ["the king\n", "of the land\n", "\nand the people of a long line without end\n", "the end"]
     assert [piece for piece, _ in packing._pieces(text)] == lines
-    cut = packing.pack(corpus.Documents([text]), tokenizer, 2)
+    cut = packing.pack(Documents([text]), tokenizer, 2)
     assert (cut.tokens, cut.utf8_bytes) == (whole.tokens, whole.utf8_bytes)
 
 
@@ -144,8 +144,7 @@ def test_the_blocks_evaluated_while_training_are_spread_evenly():
 
 def test_every_document_end_counts_in_the_hash(tokenizer):
     hashes = {
-        packing.pack(corpus.Documents(texts), tokenizer, 1).sha256
-        for texts in (["ab"], ["a", "b"], ["b", "a"])
+        packing.pack(Documents(texts), tokenizer, 1).sha256 for texts in (["ab"], ["a", "b"], ["b", "a"])
     }
     assert len(hashes) == 3
 

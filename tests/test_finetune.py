@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
 
+import classify
 import datasets
 import finetune
 import gguf
@@ -42,29 +44,29 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_noneuclid.experiments.finetuning import causal, default_run, docstrings, presets, tasks
-from hf_noneuclid.experiments.finetuning.class_metrics import AccuracyAndMacroF1
-from hf_noneuclid.experiments.finetuning.classification import class_names
-from hf_noneuclid.experiments.finetuning.domains import read_domains
-from hf_noneuclid.experiments.finetuning.finetune_options import (
-    ARGUMENT_TYPES,
-    FinetuneDataArguments,
-    FinetuneModelArguments,
-)
-from hf_noneuclid.experiments.finetuning.isolation import check_isolation
-from hf_noneuclid.experiments.finetuning.pretrained import add_adapters
-from hf_noneuclid.experiments.finetuning.rows import Rows, check_columns, hold_out
 from hf_noneuclid.experiments.sweeping.execution import as_arguments, recipe_flags
 from hf_noneuclid.experiments.sweeping.suite import load_suite
+from hf_noneuclid.experiments.training import causal, default_run, embedded, presets
+from hf_noneuclid.experiments.training.adapters import add_adapters
+from hf_noneuclid.experiments.training.arguments import (
+    ClassifyDataArguments,
+    FinetuneDataArguments,
+    PretrainedArguments,
+)
+from hf_noneuclid.experiments.training.classification import AccuracyAndMacroF1, class_names
+from hf_noneuclid.experiments.training.data import Corpus, check_columns, hold_out
+from hf_noneuclid.experiments.training.isolation import check_isolation
 from hf_noneuclid.experiments.training.model import train_tokenizer
-from hf_noneuclid.experiments.training.options import parse
-from hf_noneuclid.experiments.training.packing import Blocks, Data
+from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES, parse
+from hf_noneuclid.experiments.training.packing import Blocks
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = [
-    *("--use_cpu=true", "--max_steps=2", "--block_size=48", "--sample_tokens=0", "--logging_steps=1"),
+    *("--use_cpu=true", "--max_steps=2", "--block_size=48", "--logging_steps=1"),
     *("--per_device_train_batch_size=4", "--eval_steps=0.999", "--eval_blocks=4"),
 ]
+RECIPE = {"default": finetune, "causal_lm": finetune, "classification": classify}
+OWN = {"default": [], "causal_lm": ["--task=causal_lm", "--sample_tokens=0"], "classification": []}
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -127,8 +129,8 @@ def classes(tmp_path):
 
 
 def train(folder, base, task, *flags):
-    names = [f"--task={task}", f"--model_name_or_path={base}", f"--output_dir={folder}"]
-    finetune.main([*QUICK, *names, *flags])
+    names = [f"--model_name_or_path={base}", f"--output_dir={folder}"]
+    RECIPE[task].main([*QUICK, *OWN[task], *names, *flags])
     return json.loads((Path(folder) / "metrics.json").read_text())
 
 
@@ -182,7 +184,7 @@ def test_packed_examples_do_not_see_each_other(kind):
     ]
     packed = causal.pack_examples(examples, 16, 0)
     assert [len(row["input_ids"]) for row in packed] == [16, 16]
-    alone = causal.pad_nothing(examples, 16, 0)
+    alone = not_packed(examples)
     with torch.no_grad():
         losses = []
         for rows in (packed, alone):
@@ -193,6 +195,10 @@ def test_packed_examples_do_not_see_each_other(kind):
             losses.append(causal.summed_losses(logits, labels).sum(dim=0))
     assert torch.allclose(losses[0], losses[1], rtol=1e-5)
     assert losses[0][1] == (7 - 3) + (5 - 1) + (9 - 2)
+
+
+def not_packed(examples):
+    return [{"input_ids": example.ids, "labels": example.labels()} for example in examples]
 
 
 def leaky_model(kind, vocab_size):
@@ -220,10 +226,10 @@ def test_packing_is_refused_only_where_examples_that_see_each_other_are_joined(k
     for name, rows in (
         ("joined", causal.pack_examples(examples, 16, 0)),
         ("one to a sequence", causal.pack_examples(examples, 8, 0)),
-        ("not packed", causal.pad_nothing(examples, 16, 0)),
+        ("not packed", not_packed(examples)),
     ):
         blocks = Blocks(datasets.Dataset.from_list(rows))
-        data[name] = Data(name, None, blocks, blocks)
+        data[name] = Corpus(name, blocks, blocks)
     check_isolation(model, data["one to a sequence"])
     check_isolation(model, data["not packed"])
     with pytest.raises(ValueError, match="--packing false"):
@@ -239,7 +245,7 @@ def test_a_model_that_cannot_isolate_trains_without_packing(capsys, tmp_path, to
     tokenizer.save_pretrained(tmp_path / "base")
     run = [*PROMPTS, f"--train_files={pairs}", *lora]
     named = [f"--model_name_or_path={tmp_path / 'base'}", f"--output_dir={tmp_path / 'out'}"]
-    assert "--packing false" in refused(capsys, "--task=causal_lm", *named, *run)
+    assert "--packing false" in refused(capsys, "causal_lm", *named, *run)
     assert not (tmp_path / "out").exists()
     metrics = train(tmp_path / "out", tmp_path / "base", "causal_lm", *run, "--packing=false")
     assert math.isfinite(metrics["eval_loss"])
@@ -316,7 +322,7 @@ def test_the_sample_begins_with_one_token_of_the_beginning(tokenizer):
     args = FinetuneDataArguments(
         task="causal_lm", train_files=["a"], prompt_column="ask", response_column="answer"
     )
-    prompt = tasks._prompt(Rows("data", part, part), args, adding)
+    prompt = causal.first_prompt(Corpus("data", part, part), args, adding)
     (example,) = causal._of_pairs(["the king"], ["said"], adding)
     assert adding(prompt)["input_ids"] == example.ids[: example.given]
 
@@ -324,7 +330,7 @@ def test_the_sample_begins_with_one_token_of_the_beginning(tokenizer):
 def test_an_encoder_is_no_causal_language_model(capsys, tmp_path, tokenizer, texts):
     masked_model("bert", len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    run = ["--task=causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
+    run = ["causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
     message = refused(capsys, *run, f"--model_name_or_path={tmp_path}")
     assert "it is an encoder" in message
 
@@ -378,8 +384,8 @@ def test_a_model_in_an_installed_package(tmp_path, base, texts, monkeypatch):
     shutil.copytree(base, tmp_path / "some_model")
     (tmp_path / "some_model" / "__init__.py").write_text("raise ImportError('is not imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    flags = ["--task=causal_lm", "--model_package=some_model", f"--train_files={texts}", "--learning_rate=0"]
-    finetune.main([*QUICK, *flags, f"--output_dir={tmp_path / 'out'}"])
+    flags = ["--model_package=some_model", f"--train_files={texts}", "--learning_rate=0"]
+    finetune.main([*QUICK, *OWN["causal_lm"], *flags, f"--output_dir={tmp_path / 'out'}"])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["before"] == metrics["after"]
 
@@ -473,7 +479,7 @@ def test_lora_trains_adapters_alone_and_can_be_merged(tmp_path, base, texts):
 
 
 def test_an_adapter_knows_the_revision_of_its_base(base):
-    args = FinetuneModelArguments(model_name_or_path=base, model_revision="v1", lora_rank=2)
+    args = PretrainedArguments(model_name_or_path=base, model_revision="v1", lora_rank=2)
     model = add_adapters(AutoModelForCausalLM.from_pretrained(base), args, classifies=False, new=[])
     assert model.peft_config["default"].to_dict()["revision"] == "v1"
 
@@ -559,10 +565,10 @@ def test_a_classifier_needs_no_token_at_the_end_of_a_text(capsys, tmp_path, toke
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     other.save_pretrained(base)
     named = [f"--model_name_or_path={base}", f"--train_files={classes}", out]
-    assert "neither a pad_token nor" in refused(capsys, "--task=classification", *named)
+    assert "neither a pad_token nor" in refused(capsys, "classification", *named)
     other.pad_token = tokenizer.eos_token
     other.save_pretrained(base)
-    assert "has no eos_token" in refused(capsys, "--task=causal_lm", *named)
+    assert "has no eos_token" in refused(capsys, "causal_lm", *named)
     metrics = train(tmp_path / "out", base, "classification", f"--train_files={classes}")
     assert math.isfinite(metrics["eval_loss"])
 
@@ -588,7 +594,7 @@ def test_weights_that_are_not_of_the_configured_size(capsys, tmp_path, tokenizer
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 25}))
-    run = ["--task=classification", f"--train_files={classes}", f"--output_dir={tmp_path / 'out'}"]
+    run = ["classification", f"--train_files={classes}", f"--output_dir={tmp_path / 'out'}"]
     assert "its config.json says" in refused(capsys, *run, f"--model_name_or_path={tmp_path}")
 
 
@@ -614,14 +620,14 @@ def test_docstrings_are_read_without_importing(tmp_path):
     source = f'"""{long}"""\nraise SystemExit\nclass A:\n{inner}'
     (tmp_path / "a.py").write_text(source)
     (tmp_path / "broken.py").write_text("def (")
-    assert docstrings.docstrings_of(tmp_path / "a.py") == [long, long + " x"]
-    assert docstrings.docstrings_of(tmp_path / "broken.py") == []
+    assert embedded.docstrings_of(tmp_path / "a.py") == [long, long + " x"]
+    assert embedded.docstrings_of(tmp_path / "broken.py") == []
 
 
 def test_no_held_out_docstring_is_trained_on(monkeypatch):
-    monkeypatch.setattr(docstrings, "CHARACTERS", 40_000)
-    train_part, held_out = docstrings.read_docstrings()
-    again, _ = docstrings.read_docstrings()
+    monkeypatch.setattr(embedded, "CHARACTERS", 40_000)
+    _, train_part, held_out, _ = embedded.read_docstrings()
+    _, again, *_ = embedded.read_docstrings()
     assert train_part.to_list() == again.to_list()
     assert not set(train_part["text"]) & set(held_out["text"])
     for part in (train_part, held_out):
@@ -631,8 +637,8 @@ def test_no_held_out_docstring_is_trained_on(monkeypatch):
 
 
 def test_the_domains_are_docstrings_and_as_many_verses(monkeypatch):
-    monkeypatch.setattr(docstrings, "CHARACTERS", 40_000)
-    train_part, held_out = read_domains()
+    monkeypatch.setattr(embedded, "CHARACTERS", 40_000)
+    _, train_part, held_out, _ = embedded.read_domains()
     assert not set(train_part["text"]) & set(held_out["text"])
     for part in (train_part, held_out):
         labels = part["label"]
@@ -645,14 +651,14 @@ def test_the_domains_are_docstrings_and_as_many_verses(monkeypatch):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Run the commands of the default run without new processes, on a few docstrings; list them."""
-    monkeypatch.setattr(docstrings, "CHARACTERS", 40_000)
+    monkeypatch.setattr(embedded, "CHARACTERS", 40_000)
     started = []
 
     def start(command, check):
         _, script, *flags = command
         started.append((Path(script).name, flags))
-        if Path(script).name == "finetune.py":
-            finetune.main(flags)
+        if Path(script).name != "pretrain.py":
+            {"finetune.py": finetune, "classify.py": classify}[Path(script).name].main(flags)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(default_run.subprocess, "run", start)
@@ -664,7 +670,7 @@ def test_without_a_task_both_follow_each_other(tmp_path, base, in_this_process, 
     flags = [*QUICK, "--max_validation_blocks=8", "--max_steps=1", "--lora_rank=2"]
     flags += [f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
     finetune.main(flags)
-    assert [name for name, _ in in_this_process] == ["finetune.py"] * 2
+    assert [name for name, _ in in_this_process] == ["finetune.py", "classify.py"]
     first, second = (
         json.loads((tmp_path / "out" / name / "metrics.json").read_text())
         for name in ("docstrings", "library")
@@ -673,7 +679,7 @@ def test_without_a_task_both_follow_each_other(tmp_path, base, in_this_process, 
     assert second["classes"] == ["torch", "transformers"]
     assert second["options"]["model_name_or_path"] == str(tmp_path / "out" / "docstrings")
     assert capsys.readouterr().out.count("before     after") == 2
-    assert "holds another run" in refused(capsys, *flags)
+    assert "holds another run" in refused(capsys, "default", *flags)
 
 
 def test_the_config_file_counts_for_both_tasks(tmp_path, base, monkeypatch):
@@ -685,9 +691,26 @@ def test_the_config_file_counts_for_both_tasks(tmp_path, base, monkeypatch):
         lambda command, check: commands.append(command[2:]) or subprocess.CompletedProcess(command, 0),
     )
     finetune.main(["--use_cpu=true", f"--config={tmp_path / 'run.yaml'}", f"--output_dir={tmp_path / 'out'}"])
-    _, data_args, args = parse(commands[1], ARGUMENT_TYPES)
+    _, data_args, args = parse(commands[1], ARGUMENT_TYPES["classify"])
     assert (args.max_steps, data_args.block_size) == (5, 48)
     assert (args.learning_rate, args.per_device_train_batch_size) == (1e-2, 32)
+
+
+def test_the_default_run_writes_and_prints_no_token(tmp_path, base, monkeypatch, capsys):
+    token = "hf_aToken0123456789abcdef"
+    monkeypatch.setenv("HF_TOKEN", "")
+    commands = []
+    monkeypatch.setattr(
+        default_run.subprocess,
+        "run",
+        lambda command, check: commands.append(command) or subprocess.CompletedProcess(command, 0),
+    )
+    finetune.main([*QUICK, f"--model_name_or_path={base}", f"--output_dir={tmp_path}", "--hub_token", token])
+    assert len(commands) == 2
+    assert os.environ["HF_TOKEN"] == token
+    assert token not in capsys.readouterr().out + str(commands)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_text()] == []
+    assert (tmp_path / "library.yaml").is_file()
 
 
 @pytest.mark.parametrize("named_in", ["command line", "config file"])
@@ -724,15 +747,15 @@ def test_the_default_model_is_made_if_it_is_not_there(tmp_path, base, in_this_pr
     assert in_this_process[0] == ("pretrain.py", ["--output_dir=outputs/pretrain", "--use_cpu=true"])
     assert (tmp_path / "outputs" / "finetune" / "library" / "metrics.json").is_file()
     finetune.main([*flags, "--output_dir=again"])
-    assert [name for name, _ in in_this_process] == ["pretrain.py", *["finetune.py"] * 4]
+    assert [name for name, _ in in_this_process] == ["pretrain.py", *["finetune.py", "classify.py"] * 2]
 
 
 # ---------------------------------------------------------------- presets
 
 
 def parsed(*flags):
-    model_args, data_args, args = parse(["--use_cpu=true", *flags], ARGUMENT_TYPES)
-    presets.apply_presets(presets.presets_of(data_args.task, model_args), args)
+    model_args, _, args = parse(["--use_cpu=true", *flags], ARGUMENT_TYPES["finetune"])
+    presets.apply_preset(presets.LORA if model_args.lora_rank else presets.FULL, args)
     return args
 
 
@@ -756,17 +779,18 @@ def test_presets_give_a_method_only_what_it_has():
     assert parsed("--optim=noneuclid", f"--optim_args={free}").optim_args == f"{free},momentum=0.8"
     momo = parsed("--optim=noneuclid", f"--optim_args={free},momo=true").optim_args
     assert momo == f"{free},momo=true,momentum=0.8,lower_bound_slack=1.0"
-    classifier = parsed("--task=classification", "--train_files=a", "--label_column=b")
+    _, _, classifier = parse(["--use_cpu=true", "--label_column=b"], ARGUMENT_TYPES["classify"])
+    presets.apply_preset(presets.CLASSIFIER, classifier)
     assert (classifier.learning_rate, classifier.optim_args) == (1e-3, None)
 
 
 # ---------------------------------------------------------------- bad input
 
 
-def refused(capsys, *flags):
+def refused(capsys, task, *flags):
     """What a run that must not start says."""
     with pytest.raises(SystemExit) as caught:
-        finetune.main([*QUICK, *flags])
+        RECIPE[task].main([*QUICK, *OWN[task], *flags])
     assert caught.value.code == 2
     message = capsys.readouterr().err
     assert message.count("error:") == 1
@@ -776,22 +800,25 @@ def refused(capsys, *flags):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--task=translation"], "it is one of causal_lm, classification"),
-        (["--train_files=a.txt"], "--task is missing"),
-        (["--task=causal_lm", "--prompt_column=a"], "give both"),
-        (["--task=causal_lm", "--train_files=nowhere.txt"], "no file nowhere.txt"),
-        (["--task=causal_lm", "--dataset_name=nobody/nothing"], "cannot load dataset nobody/nothing"),
-        (["--task=causal_lm", "--lora_rank=-1"], "must not be negative"),
-        (["--task=causal_lm", "--model_package=nothing_here"], "no such package"),
-        (["--task=causal_lm", "--model_package=json", "--model_name_or_path=a"], "give one of them"),
-        (["--push_to_hub=true"], "name its --task"),
-        (["--task=causal_lm", "--block_size=1"], "leaves nothing to predict"),
+        (["default", "--task=translation"], "unknown --task 'translation'"),
+        (["default", "--task=classification"], "run recipes/classify.py"),
+        (["default", "--train_files=nowhere.txt"], "no file nowhere.txt"),
+        (["classification", "--embedded_classes=genre"], "it is one of library, domain"),
+        (["causal_lm", "--prompt_column=a"], "give both"),
+        (["causal_lm", "--train_files=nowhere.txt"], "no file nowhere.txt"),
+        (["causal_lm", "--dataset_name=nobody/nothing"], "cannot load dataset nobody/nothing"),
+        (["causal_lm", "--lora_rank=-1"], "must not be negative"),
+        (["causal_lm", "--model_package=nothing_here"], "no such package"),
+        (["causal_lm", "--model_package=json", "--model_name_or_path=a"], "give one of them"),
+        (["default", "--push_to_hub=true"], "give --task causal_lm"),
+        (["causal_lm", "--block_size=1"], "leaves nothing to predict"),
     ],
 )
 def test_options_that_cannot_be_used(capsys, base, tmp_path, flags, expected):
     named = [] if any("model_name" in flag for flag in flags) or "package" in expected else [base]
     model = [f"--model_name_or_path={name}" for name in named]
-    assert expected in refused(capsys, *model, *flags, f"--output_dir={tmp_path / 'out'}")
+    task, *flags = flags
+    assert expected in refused(capsys, task, *model, *flags, f"--output_dir={tmp_path / 'out'}")
 
 
 @pytest.mark.parametrize(
@@ -810,24 +837,24 @@ def test_options_that_cannot_be_used(capsys, base, tmp_path, flags, expected):
     ],
 )
 def test_data_and_model_that_do_not_fit(capsys, base, pairs, tmp_path, flags, expected):
-    run = ["--task=causal_lm", f"--model_name_or_path={base}", f"--train_files={pairs}"]
+    run = ["causal_lm", f"--model_name_or_path={base}", f"--train_files={pairs}"]
     assert expected in refused(capsys, *run, *flags, f"--output_dir={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 
 
 def test_models_that_are_none(capsys, texts, tmp_path):
-    run = ["--task=causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
+    run = ["causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
     assert "cannot load the tokenizer" in refused(capsys, *run, f"--model_name_or_path={tmp_path}")
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "a.csv").write_text("text\n1\n2\n3\n4\n5\n6\n7\n8\n9\n10\n11\n")
-    numbers = ["--task=causal_lm", f"--train_files={tmp_path / 'a.csv'}", f"--output_dir={tmp_path / 'out'}"]
+    numbers = ["causal_lm", f"--train_files={tmp_path / 'a.csv'}", f"--output_dir={tmp_path / 'out'}"]
     assert "cannot load" in refused(capsys, *numbers, f"--model_name_or_path={tmp_path}")
 
 
 def test_broken_weights(capsys, base, texts, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     weights = tmp_path / "base" / "model.safetensors"
-    run = ["--task=causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
+    run = ["causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
     run.append(f"--model_name_or_path={tmp_path / 'base'}")
     for content in (weights.read_bytes()[:-500], b"not weights at all", b""):
         weights.write_bytes(content)
@@ -839,7 +866,7 @@ def test_a_truncated_gguf_file(capsys, tokenizer, texts, tmp_path, kept):
     write_gguf(tmp_path / "tiny.gguf", tokenizer)
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(content[: int(kept * len(content))])
-    run = ["--task=causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
+    run = ["causal_lm", f"--train_files={texts}", f"--output_dir={tmp_path / 'out'}"]
     model = [f"--model_name_or_path={tmp_path}", "--gguf_file=tiny.gguf"]
     assert "cannot load the" in refused(capsys, *run, *model)
 
@@ -847,22 +874,22 @@ def test_a_truncated_gguf_file(capsys, tokenizer, texts, tmp_path, kept):
 def test_an_output_folder_under_a_file(capsys, base, tmp_path):
     (tmp_path / "file").touch()
     run = [f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'file' / 'sub'}"]
-    assert "file is a file" in refused(capsys, *run)
-    assert "file is a file" in refused(capsys, *run, "--task=causal_lm")
+    assert "file is a file" in refused(capsys, "default", *run)
+    assert "file is a file" in refused(capsys, "causal_lm", *run)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt"])
 def test_a_validation_file_without_rows(capsys, base, texts, tmp_path, kind):
     empty = tmp_path / f"empty.{kind}"
     empty.touch()
-    run = ["--task=causal_lm", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
+    run = ["causal_lm", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
     message = refused(capsys, *run, f"--train_files={texts}", f"--validation_files={empty}")
     assert f"there are no rows in {empty}" in message
 
 
 def test_labels_that_cannot_be_learnt(capsys, base, classes, tmp_path):
     odd = write_rows(tmp_path / "odd.jsonl", [{"text": "king", "label": "c"}, {"text": "king", "label": "a"}])
-    run = ["--task=classification", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
+    run = ["classification", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
     message = refused(capsys, *run, f"--train_files={classes}", f"--validation_files={odd}")
     assert "never occur in training: 'c' (1 rows)" in message
     assert "--max_train_rows" in message
@@ -877,7 +904,7 @@ def test_labels_that_cannot_be_learnt(capsys, base, classes, tmp_path):
 def test_every_class_of_two_rows_is_held_out_by_its_share():
     labels = ["a"] * 50 + ["b"] * 30 + ["c"] * 2 + [f"single {i}" for i in range(18)]
     dataset = datasets.Dataset.from_dict({"text": ["king"] * 100, "label": labels})
-    args = FinetuneDataArguments(task="classification", train_files=["a"], validation_share=0.1)
+    args = ClassifyDataArguments(train_files=["a"], validation_share=0.1)
     kept, held_out = hold_out(dataset, args, "data")
     counts = Counter(held_out["label"])
     assert set(kept["label"]) == set(labels)
@@ -891,7 +918,7 @@ def test_every_class_of_two_rows_is_held_out_by_its_share():
 
 
 def test_scores_are_no_classes(capsys, base, tmp_path):
-    run = ["--task=classification", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
+    run = ["classification", f"--model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}"]
     for name, label in {
         "fractions": lambda i: i % 26 / 5,  # 26 of them, as in STS-B
         "numbers": lambda i: i // 2 * 3 + i % 2,
@@ -908,10 +935,10 @@ def test_label_columns_that_hold_no_classes():
     )
     one = datasets.Dataset.from_dict({"text": ["king"] * 4, "label": [1] * 4}, features=features)
     with pytest.raises(ValueError, match="one class only, 'b'"):
-        class_names(Rows("data", one, one), "label")
+        class_names(Corpus("data", one, one), "label")
     lists = datasets.Dataset.from_dict({"text": ["king"] * 2, "label": [[0, 1], [1, 1]]})
-    args = FinetuneDataArguments(task="classification", train_files=["a"])
-    with pytest.raises(ValueError, match="not one value a row: see --label_column"):
+    args = ClassifyDataArguments(train_files=["a"])
+    with pytest.raises(ValueError, match="not one value a row; choose another --label_column"):
         check_columns(lists, "data", args)
 
 
@@ -952,7 +979,7 @@ def test_the_sample_of_a_prompt_longer_than_the_context(
 
 def test_a_file_without_anything_to_learn(capsys, base, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"ask": "the king", "answer": " "}] * 30)
-    run = ["--task=causal_lm", f"--model_name_or_path={base}", *PROMPTS, f"--output_dir={tmp_path / 'out'}"]
+    run = ["causal_lm", f"--model_name_or_path={base}", *PROMPTS, f"--output_dir={tmp_path / 'out'}"]
     assert "no row is left" in refused(capsys, *run, f"--train_files={path}")
 
 
@@ -960,20 +987,21 @@ def test_a_file_without_anything_to_learn(capsys, base, tmp_path):
 
 
 def test_the_example_is_the_default_run():
-    written = parse(["--config", str(RECIPES / "configs" / "finetune_docstrings.yaml")], ARGUMENT_TYPES)
-    default = parse(["--task=causal_lm", "--model_name_or_path=outputs/pretrain"], ARGUMENT_TYPES)
-    for model_args, data_args, args in (written, default):
-        presets.apply_presets(presets.presets_of(data_args.task, model_args), args)
+    types = ARGUMENT_TYPES["finetune"]
+    written = parse(["--config", str(RECIPES / "configs" / "finetune_docstrings.yaml")], types)
+    default = parse(["--task=causal_lm", "--model_name_or_path=outputs/pretrain"], types)
+    for *_, args in (written, default):
+        presets.apply_preset(presets.FULL, args)
     for given, expected in zip(written, default, strict=True):
         differing = {key for key, value in vars(given).items() if value != vars(expected)[key]}
         assert differing <= {"output_dir", "logging_dir", "distributed_state"}
 
 
 def test_every_run_of_the_suite_has_flags_that_exist():
-    suite = load_suite("finetune_mini")
+    suite = load_suite(RECIPES / "suites" / "finetune_mini.yaml")
     assert {run.options["lora_rank"] for run in suite.runs()} == {0, 8}
     for run in suite.runs():
         flags = as_arguments(recipe_flags(suite, run, processes=1))
-        model_args, data_args, args = parse([*flags, "--use_cpu=true"], ARGUMENT_TYPES)
+        model_args, data_args, args = parse([*flags, "--use_cpu=true"], ARGUMENT_TYPES["finetune"])
         assert (args.learning_rate, data_args.task) == (run.learning_rate, "causal_lm")
         assert model_args.merges == (run.options["lora_rank"] > 0)

@@ -15,8 +15,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_noneuclid.experiments.common import ExitCode
-from hf_noneuclid.experiments.training import options, results
+from hf_noneuclid.experiments.common import ExitCode, series, write_whole
+from hf_noneuclid.experiments.training import results
+from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES, parse
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -133,8 +134,8 @@ def test_the_embedded_corpus(tmp_path):
 
 def test_the_step_size_is_logged_and_drawn(tmp_path, text_file):
     train(tmp_path, f"--train_files={text_file}", "--max_steps=3")
-    steps, sizes = results.series(history(tmp_path, 3), "step_size")
-    _, rates = results.series(history(tmp_path, 3), "learning_rate")
+    steps, sizes = series(history(tmp_path, 3), "step_size")
+    _, rates = series(history(tmp_path, 3), "learning_rate")
     assert steps == [1, 2, 3]
     assert all(0 < size <= rate * (1 + 1e-6) for size, rate in zip(sizes, rates, strict=True))
 
@@ -149,7 +150,7 @@ def test_metrics_are_written_whole_or_not_at_all(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        results.write_whole(path, dies_half_way)
+        write_whole(path, dies_half_way)
     assert json.loads(path.read_text()) == {"loss": None, "of": [1.0, None]}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -322,7 +323,7 @@ def test_constant_then_linear_down_to_a_tenth(tmp_path, text_file, length):
     steps = train(tmp_path, *flags, f"--per_device_train_batch_size={batch}", "--save_strategy=epoch")[
         "steps"
     ]
-    _, rates = results.series(history(tmp_path, steps), "learning_rate")
+    _, rates = series(history(tmp_path, steps), "learning_rate")
     constant = steps - round(0.6 * steps)
     assert steps >= 10
     assert len(rates) == steps
@@ -335,14 +336,14 @@ def test_constant_then_linear_down_to_a_tenth(tmp_path, text_file, length):
 def test_options_of_the_schedule_win(tmp_path, text_file):
     flags = [f"--train_files={text_file}", "--max_steps=6", "--learning_rate=1", "--optim=sgd"]
     train(tmp_path, *flags, '--lr_scheduler_kwargs={"num_decay_steps": 2, "min_lr_ratio": 0.5}')
-    _, rates = results.series(history(tmp_path, 6), "learning_rate")
+    _, rates = series(history(tmp_path, 6), "learning_rate")
     assert rates == pytest.approx([1, 1, 1, 1, 1, 0.75])
 
 
 def test_a_warm_up_shortens_the_constant_part_then_the_decay(tmp_path, text_file):
     flags = [f"--train_files={text_file}", "--max_steps=6", "--learning_rate=1", "--optim=sgd"]
     train(tmp_path, *flags, "--warmup_steps=4", "--decay_fraction=1.0")
-    _, rates = results.series(history(tmp_path, 6), "learning_rate")
+    _, rates = series(history(tmp_path, 6), "learning_rate")
     assert rates[4:] == pytest.approx([1, 0.55])
 
 
@@ -350,7 +351,7 @@ def test_a_warm_up_shortens_the_constant_part_then_the_decay(tmp_path, text_file
 
 
 def parsed(*flags):
-    return options.parse(["--use_cpu=true", *flags])
+    return parse(["--use_cpu=true", *flags], ARGUMENT_TYPES["pretrain"])
 
 
 def test_the_command_line_overrides_the_yaml_file_which_overrides_the_defaults(tmp_path):
@@ -379,8 +380,8 @@ def test_lists_in_the_yaml_file(tmp_path):
 
 
 def test_the_example_of_the_default_run_is_the_default_run():
-    written = options.parse(["--config", str(RECIPES / "configs" / "bible.yaml")])
-    for given, default in zip(written, options.parse([]), strict=True):
+    written = parse(["--config", str(RECIPES / "configs" / "bible.yaml")], ARGUMENT_TYPES["pretrain"])
+    for given, default in zip(written, parse([], ARGUMENT_TYPES["pretrain"]), strict=True):
         differing = {key for key, value in vars(given).items() if value != vars(default)[key]}
         assert differing <= {"optim_args", "global_batch_size", "lr_scheduler_kwargs", "distributed_state"}
 
@@ -453,7 +454,7 @@ def test_datasets_that_cannot_be_used(tmp_path, capsys, dataset_folder, streamin
     message = refused(tmp_path, capsys, *flags, "--text_column=content")
     assert "no column 'content'" in message
     assert "text, id" in message
-    assert "holds int, not text" in refused(tmp_path, capsys, *flags, "--text_column=id")
+    assert "holds int64, not text" in refused(tmp_path, capsys, *flags, "--text_column=id")
     assert "split test" in refused(tmp_path, capsys, *flags, "--validation_split=test")
     message = refused(tmp_path, capsys, *flags, "--validation_documents=350")
     assert ("train part holds no text" if streaming == "true" else "350 leaves none to train on") in message
@@ -526,7 +527,10 @@ def without_packages(monkeypatch):
     """As where no optional package is installed."""
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: False)
-    monkeypatch.setattr("training.trackers.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(
+        "hf_noneuclid.experiments.training.options.get_available_reporting_integrations",
+        lambda: ["tensorboard"],
+    )
 
 
 def test_an_output_folder_under_a_file(tmp_path, capsys, text_file):
@@ -615,12 +619,13 @@ def test_two_ranks(tmp_path, text_file, dataset_folder, source):
 TAKE = """
 import sys
 import hf_noneuclid
-from hf_noneuclid.experiments.training import run_folder
-from hf_noneuclid.experiments.training.options import parse
-_, _, args = parse(["--use_cpu=true", f"--output_dir={sys.argv[1]}", "--resume_from_checkpoint=true"])
+from hf_noneuclid.experiments.training import checkpoints
+from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES, parse
+argv = ["--use_cpu=true", f"--output_dir={sys.argv[1]}", "--resume_from_checkpoint=true"]
+_, _, args = parse(argv, ARGUMENT_TYPES["pretrain"])
 if args.process_index == 1:  # a file system that shows this process less than the first
-    run_folder._last_whole = lambda folder: folder / "checkpoint-2"
-print("taken:", run_folder.find_checkpoint(args))
+    checkpoints._last_whole = lambda folder: folder / "checkpoint-2"
+print("taken:", checkpoints.find_checkpoint(args))
 """
 
 

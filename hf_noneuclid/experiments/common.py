@@ -34,6 +34,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what and what to do."""
 
 
+def require(condition: object, message: str) -> None:
+    """Raises InputError with the message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
 class PushError(RuntimeError):
     """Results are on disk but not on the Hub; the message says how to push them later."""
 

@@ -1,4 +1,4 @@
-"""Keeping tokens out of everything that a run writes, prints or uploads."""
+"""Keeps tokens out of everything that a run writes, prints or uploads."""
 
 import os
 import re
@@ -8,10 +8,10 @@ from typing import Any
 from huggingface_hub import get_token
 
 HIDDEN = "***"
-SHORTEST = 12  # characters of a secret: a shorter one would be found in words that are none
+SHORTEST = 12  # characters of a secret: a shorter one would also be found in ordinary words
 _SECRET_NAME = re.compile(r"(^|[_-])(token|password|secret|api[_-]?key)$", re.IGNORECASE)
-_TEXT_TOKEN = re.compile(r"(bos|eos|pad|unk|sep|cls|mask)[_-]token$")  # of a vocabulary
-# In a URL: the password after the user, to the last @, and parameters.
+_TEXT_TOKEN = re.compile(r"(bos|eos|pad|unk|sep|cls|mask)[_-]token$")  # tokens of a vocabulary
+# In a URL: the password after the user, up to the last @, and parameters.
 _URL_PASSWORD = re.compile(r"(://[^\s/:@\"']*:)[^\s\"']+(?=@)")
 _URL_PARAMETER = re.compile(
     r"([?&](?:\w+[_-])?(?:token|password|secret|api[_-]?key)=)[^\s&\"']+", re.IGNORECASE
@@ -20,9 +20,9 @@ _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
 
 
 def keep_token(args: Any) -> None:
-    """Move the token of the Trainer's arguments to HF_TOKEN, where the Hub's client looks for it.
+    """Moves the token of the Trainer's arguments to HF_TOKEN, where the Hub's client looks for it.
 
-    The Trainer pickles its arguments, and a token among them, into training_args.bin.
+    The Trainer pickles its arguments into training_args.bin, with any token among them.
     """
     if args.hub_token:
         os.environ["HF_TOKEN"] = args.hub_token
@@ -30,7 +30,7 @@ def keep_token(args: Any) -> None:
 
 
 def redact_arguments(argv: Sequence[str]) -> list[str]:
-    """Return a command line without options such as --hub_token: it can be run where HF_TOKEN is set."""
+    """A command line without options such as --hub_token: it can be run where HF_TOKEN is set."""
     shown, is_value = [], False
     for argument in argv:
         name, sign, _ = argument.partition("=")
@@ -38,21 +38,21 @@ def redact_arguments(argv: Sequence[str]) -> list[str]:
         if not (is_secret or is_value):
             shown.append(argument)
         is_value = is_secret and not sign
-    return scrub(shown)
+    return list(scrub(shown))
 
 
 def scrub(value: Any) -> Any:
-    """Return the value with `***` for every secret in its texts and URLs, and under keys that name one."""
+    """The value with ``***`` for every secret in its texts and URLs, and under keys that name one."""
     return _scrub(value, known_secrets())
 
 
 def holds_secret(name: str, value: Any) -> bool:
-    """Say whether an option is a secret, by its name, or has a known one in its value."""
+    """Whether an option is a secret, by its name, or has a known one in its value."""
     return _names_secret(name) or scrub([value]) != [value]  # in lists NaN is equal to itself
 
 
 def known_secrets() -> list[str]:
-    """Return the secrets that this process can know: the Hub's token, and those of the environment."""
+    """The secrets that this process can know: the Hub's token, and those of the environment."""
     named = [value for name, value in os.environ.items() if _names_secret(name)]
     return sorted({secret for secret in (get_token(), *named) if secret and len(secret) >= SHORTEST})
 

@@ -1,12 +1,15 @@
-"""Which tokenizer and which model are trained."""
+"""The model and its tokenizer: from scratch, or from a checkpoint."""
 
 import itertools
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
+from accelerate.logging import get_logger
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -20,45 +23,38 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_noneuclid.experiments.training.options import InputError, ModelArguments
+from hf_noneuclid.experiments.common import InputError, require
+from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL, ModelArguments, PretrainedArguments
 
-# What from_pretrained raises of files that are missing, broken, truncated or of another kind.
+# What from_pretrained raises for files that are missing, broken, truncated or of another kind.
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, EOFError, SafetensorError, struct.error)
 END_OF_TEXT = "<|endoftext|>"
 # 4.3M parameters with 4,096 tokens. No dropout: the default run sees less than half of the corpus, once.
-SMALL_GPT2 = {
-    "n_embd": 256,
-    "n_layer": 4,
-    "n_head": 4,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SMALL_GPT2 = {"n_embd": 256, "n_layer": 4, "n_head": 4, **NO_DROPOUT}
+logger = get_logger(__name__)
+
+
+# ---------------------------------------------------------------- pre-training
 
 
 def load_tokenizer(
     args: ModelArguments, documents: Iterable[str], block_size: int
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer the options name, or train one on the documents.
+    """Loads the tokenizer that the options name, or trains one on the documents.
 
     Raises:
-        InputError: it cannot be loaded, or has no end-of-text token to put between documents.
+        InputError: It cannot be loaded, or has no end-of-text token to put between documents.
     """
     name = args.tokenizer_name or args.model_name_or_path
     if name is None:
         sample = itertools.islice(documents, args.tokenizer_documents)
         return train_tokenizer(sample, args.vocab_size, block_size)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except UNREADABLE as error:
-        raise InputError(f"cannot load the tokenizer {name}: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer {name} has no eos_token, which must stand between documents")
-    return tokenizer
+    return _read_tokenizer(name, needs_end=True)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, block_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: it has tokens for any text and gives every text back unchanged."""
+    """Trains a byte-level BPE: it has tokens for any text and gives every text back unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -81,36 +77,70 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, block_size: int) 
 def load_config(
     args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> PretrainedConfig:
-    """Build the configuration of the model.
+    """Builds the configuration of a model for pre-training.
 
-    One given by name stays as it is, up to the overrides. One of a model type is the library's default with
-    the vocabulary of the tokenizer; the recipe's small GPT-2 takes its positions from the block size, too.
+    One given by name changes only by the overrides. One of a model type is the library's default with the
+    vocabulary of the tokenizer; the recipe's small GPT-2 also takes its positions from the block size.
 
     Raises:
-        InputError: it cannot be loaded, an override is unknown, or it fits neither tokenizer nor block size.
+        InputError: It cannot be loaded, an override is unknown, or it fits neither tokenizer nor block size.
     """
     overrides = _parse_overrides(args.config_overrides)
-    name = args.model_name_or_path or args.config_name
+    name, model_type = args.model_name_or_path or args.config_name, args.model_type or "gpt2"
+    is_known = name or model_type in CONFIG_MAPPING
+    require(is_known, f"unknown --model_type {model_type!r}: transformers has no such configuration")
     try:
-        if name:
-            config = _with_overrides(AutoConfig.from_pretrained(name), overrides)
-        else:
-            config = _from_scratch(args.model_type, overrides, tokenizer, block_size)
+        config = AutoConfig.from_pretrained(name) if name else CONFIG_MAPPING[model_type]()
+        _check_known(config, overrides)
+        if not name:
+            kinds = ("bos", "eos", "pad")
+            fitted = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
+            small = {} if args.model_type else {**SMALL_GPT2, "n_positions": block_size}
+            config = type(config)(**{"vocab_size": len(tokenizer), **fitted, **small, **overrides})
+        elif overrides:
+            config = type(config).from_dict({**config.to_dict(), **overrides})
     except InputError:
         raise
     except Exception as error:  # the Hub, the network, and each configuration's own validation
-        raise InputError(f"cannot build the configuration {name or args.model_type}: {error}") from error
-    check_sizes(config, tokenizer, block_size)
+        raise InputError(f"cannot build the configuration {name or model_type}: {error}") from error
+    _check_sizes(config, tokenizer, block_size)
     return config
 
 
-def load_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
-    """Load the checkpoint, or initialise a model from the configuration; float32 in either case.
+def _parse_overrides(text: str | None) -> dict[str, Any]:
+    pairs = [pair.partition("=") for pair in (text or "").split(",") if pair.strip()]
+    for key, sign, _ in pairs:
+        require(sign, f"--config_overrides takes key=value,key=value; {key!r} has no value")
+    return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
 
-    Mixed precision (`--bf16`) keeps float32 weights; small steps would be lost in bf16 ones.
+
+def _check_known(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
+    known = ", ".join(sorted(config.to_dict()))
+    unknown = ", ".join(key for key in overrides if not hasattr(config, key))
+    kind = f"a {config.model_type} configuration"
+    require(not unknown, f"--config_overrides: {kind} has no {unknown}; it has {known}")
+
+
+def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+    """Checks that there is a row for every token, and a position for every token of a sequence."""
+    sizes, count = config.get_text_config(), len(tokenizer)
+    if count > sizes.vocab_size:
+        raise InputError(
+            f"the tokenizer has {count} tokens but the model's embedding only {sizes.vocab_size} rows: use "
+            f"the model's own tokenizer, or, from scratch, --config_overrides vocab_size={count}"
+        )
+    positions = getattr(sizes, "max_position_embeddings", None) or block_size
+    too_long = f"--block_size {block_size} is longer than the model's {positions} positions"
+    require(block_size <= positions, too_long)
+
+
+def load_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
+    """Loads the checkpoint, or initialises a model from the configuration.
+
+    The weights are float32, also with mixed precision (``--bf16``): small steps would be lost in bf16.
 
     Raises:
-        InputError: the checkpoint cannot be loaded, or the configuration is no causal language model's.
+        InputError: The checkpoint cannot be loaded, or the configuration is not a causal language model's.
     """
     try:
         if args.model_name_or_path:
@@ -120,60 +150,112 @@ def load_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedMode
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except UNREADABLE as error:
         raise InputError(f"cannot build the model: {error}") from error
-    model.loss_type = (
-        model.loss_type or "ForCausalLM"
-    )  # left open, as for GPT-2, transformers warns of its guess
+    model.loss_type = model.loss_type or "ForCausalLM"  # transformers warns where it has to guess
     return model
 
 
-def _from_scratch(
-    model_type: str | None, overrides: dict[str, Any], tokenizer: PreTrainedTokenizerBase, block_size: int
-) -> PretrainedConfig:
-    small = {**SMALL_GPT2, "n_positions": block_size} if model_type is None else {}
-    model_type = model_type or "gpt2"
-    if model_type not in CONFIG_MAPPING:
-        raise InputError(f"unknown --model_type {model_type!r}: transformers has no such configuration")
-    config_class = CONFIG_MAPPING[model_type]
-    _check_known(config_class(), overrides)
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    return config_class(**{"vocab_size": len(tokenizer), **ids, **small, **overrides})
+# ---------------------------------------------------------------- fine-tuning
 
 
-def _with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
-    _check_known(config, overrides)
-    return type(config).from_dict({**config.to_dict(), **overrides}) if overrides else config
-
-
-def _parse_overrides(text: str | None) -> dict[str, Any]:
-    pairs = [pair.partition("=") for pair in (text or "").split(",") if pair.strip()]
-    wrong = [key for key, sign, _ in pairs if not sign]
-    if wrong:
-        raise InputError(f"--config_overrides takes key=value,key=value; {wrong[0]!r} has no value")
-    return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
-
-
-def _check_known(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
-    unknown = [key for key in overrides if not hasattr(config, key)]
-    if unknown:
-        raise InputError(
-            f"--config_overrides: a {config.model_type} configuration has no {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(config.to_dict()))}"
-        )
-
-
-def check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
-    """Check that the model has a row for every token, and a position for every token of a sequence.
+def load_pretrained_tokenizer(args: PretrainedArguments, classifies: bool) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer; one without a padding token pads with its end-of-text token.
 
     Raises:
-        InputError: it has not.
+        InputError: It cannot be loaded, or lacks the end-of-text token of a language model, or any token that
+            a classifier could pad with.
     """
-    text_config = config.get_text_config()
-    if len(tokenizer) > text_config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only "
-            f"{text_config.vocab_size} rows: use the model's own tokenizer, or, from scratch, "
-            f"--config_overrides vocab_size={len(tokenizer)}"
+    name = args.tokenizer_name or args.path
+    source = {} if args.tokenizer_name else _source(args)
+    tokenizer = _read_tokenizer(name, not classifies, **source)
+    if tokenizer.pad_token_id is None:
+        missing = f"the tokenizer {name} has neither a pad_token nor an eos_token to fill up with"
+        require(tokenizer.eos_token_id is not None, missing)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(
+    args: PretrainedArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    names: list[str] | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Loads a checkpoint in float32: small steps would be lost in bf16 weights.
+
+    Args:
+        args: Which checkpoint.
+        tokenizer: The model must have a row for each of its tokens.
+        block_size: The model must have so many positions.
+        names: Classes of a classifier; None for a causal language model.
+
+    Returns:
+        The model, and the names of its modules with weights that the checkpoint lacks: they are random.
+
+    Raises:
+        InputError: It cannot be loaded, is an adapter, or fits neither tokenizer nor block size.
+    """
+    is_adapter = (Path(args.path) / "adapter_config.json").is_file()
+    require(not is_adapter, f"{args.path} holds an adapter, not a model: make it with --lora_merge true")
+    try:
+        _check_sizes(AutoConfig.from_pretrained(args.path, **_source(args)), tokenizer, block_size)
+        model, report = _load(args, names)
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise InputError(f"cannot load the model {args.path}: {error}{_hint(args.path)}") from error
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+    if names is None:
+        model.loss_type = model.loss_type or "ForCausalLM"  # transformers warns where it has to guess
+    weights = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    return model, sorted({name.rpartition(".")[0] for name in weights} - {""})
+
+
+def _load(args: PretrainedArguments, names: list[str] | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and transformers' report of what it found in the checkpoint."""
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, **_source(args)}
+    if args.gguf_file and hasattr(transformers, "GgufConfig"):  # versions without it always unpack
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if names is None:
+        model, report = AutoModelForCausalLM.from_pretrained(args.path, **options)
+        return model, report
+    numbers = {name: i for i, name in enumerate(names)}
+    options |= {"id2label": dict(enumerate(names)), "label2id": numbers, "num_labels": len(names)}
+    options["ignore_mismatched_sizes"] = True  # of a head for other classes, which is checked below
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(args.path, **options)
+    _check_head(args.path, report["mismatched_keys"], len(names))
+    return model, report
+
+
+def _check_head(
+    path: str, mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]], count: int
+) -> None:
+    """Warns that a head for another number of classes is new; refuses other weights that do not fit."""
+    for name, found, expected in sorted(mismatched):
+        is_head = expected[0] == count and list(found[1:]) == list(expected[1:])
+        shapes = f"is of shape {list(found)}, its config.json says {list(expected)}"
+        require(is_head, f"{path}: {name} {shapes}")
+    if mismatched:
+        name, found, _ = min(mismatched)
+        logger.warning(
+            f"{path} tells {found[0]} classes apart, the data have {count}: "
+            f"the head {name.rpartition('.')[0]} is new and starts from random weights"
         )
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions is not None and block_size > positions:
-        raise InputError(f"--block_size {block_size} is longer than the model's {positions} positions")
+
+
+def _read_tokenizer(name: str, needs_end: bool, **source: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    except UNREADABLE as error:
+        raise InputError(f"cannot load the tokenizer {name}: {error}{_hint(name)}") from error
+    has_end = tokenizer.eos_token_id is not None
+    require(has_end or not needs_end, f"the tokenizer {name} has no eos_token to put at the end of a text")
+    return tokenizer
+
+
+def _source(args: PretrainedArguments) -> dict[str, str]:
+    return {"revision": args.model_revision, **({"gguf_file": args.gguf_file} if args.gguf_file else {})}
+
+
+def _hint(name: str) -> str:
+    return "; run recipes/pretrain.py first" if name == DEFAULT_MODEL else ""

@@ -11,24 +11,20 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_noneuclid.experiments.training.corpus import Documents
-from hf_noneuclid.experiments.training.options import InputError
+from hf_noneuclid.experiments.common import require
+from hf_noneuclid.experiments.training.data import Documents
 
+IGNORED = -100  # the label of a token that no loss is taken of
 PIECE = 1 << 20  # characters tokenized at once: a large file in one piece needs a hundred times its size
 BATCH = 256  # pieces handed over together: the tokenizer spreads them over the cores
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Packed text, and what is needed to compare results on it.
+    """Sequences of tokens, rows of ``input_ids``, and what the results say of them.
 
-    Attributes:
-        dataset: rows of `input_ids`, each of the block size.
-        tokens: tokens of the text, with its document ends and the last partial block.
-        utf8_bytes: length of the text.
-        sha256: of the text and its document ends.
-
-    The last three are None where the text is not held in memory.
+    That is the number of tokens, with the document ends and the last partial block, the length of the text,
+    and its hash. They are None where the text is not held in memory.
     """
 
     dataset: Any
@@ -37,76 +33,53 @@ class Blocks:
     sha256: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
-    """What a model is trained and evaluated on; `name` and `license` are the corpus's."""
-
-    name: str
-    tokenizer: PreTrainedTokenizerBase
-    train: Blocks
-    validation: Blocks
-    license: str | None = None
-
-
 def pack(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, block_size: int, limit: int | None = None
 ) -> Blocks:
-    """Pack documents into blocks held in memory.
+    """Packs documents into blocks held in memory.
 
-    Documents follow each other with the end-of-text token after each, and may span blocks. No token is lost
-    but those of the last partial block.
-
-    Args:
-        documents: the texts.
-        tokenizer: must have an `eos_token`.
-        block_size: tokens in a block.
-        limit: stop after this many blocks.
+    Documents follow each other with the tokenizer's ``eos_token`` after each, and may span blocks. Only the
+    tokens of the last partial block are lost, and those after ``limit`` blocks.
 
     Raises:
-        InputError: the text does not fill one block.
+        InputError: The text does not fill one block.
     """
     digest, utf8_bytes, tokens, chunks = hashlib.sha256(), 0, 0, []
-    for text, last, ids in _encode(documents, tokenizer):
+    for text, is_last, ids in _encode(documents, tokenizer):
         content = text.encode()
-        digest.update(content + b"\0" * last)
+        digest.update(content + b"\0" * is_last)
         utf8_bytes += len(content)
         tokens += len(ids)
         chunks.append(np.asarray(ids, dtype=np.int32))
         if limit is not None and tokens >= limit * block_size:
             break
     count = tokens // block_size if limit is None else min(limit, tokens // block_size)
-    if count == 0:
-        raise InputError(
-            f"{tokens} tokens do not fill one block of --block_size {block_size}: more text is needed"
-        )
+    require(count, f"{tokens} tokens do not fill one block of --block_size {block_size}: give more text")
     rows = np.concatenate(chunks)[: count * block_size].reshape(count, block_size)
     dataset = datasets.Dataset.from_dict({"input_ids": rows}).with_format("numpy")
     return Blocks(dataset, tokens, utf8_bytes, digest.hexdigest())
 
 
 def pack_lazily(documents: Documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Blocks:
-    """Pack as `pack` does without holding everything in memory, if the documents are rows of a dataset.
+    """Packs as ``pack`` does, but does not hold the rows of a dataset in memory.
 
     A stream is packed as it is read; another dataset on disk, in the cache of the datasets library.
-
-    Raises:
-        InputError: the text does not fill one block.
     """
     if documents.column is None:
         return pack(documents, tokenizer, block_size)
     options = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
-    if next(_blocks(**options), None) is None:
-        raise InputError(f"the training text does not fill one block of --block_size {block_size}")
+    has_block = next(_blocks(documents, tokenizer, block_size), None) is not None
+    require(has_block, f"the training text does not fill one block of --block_size {block_size}")
     if isinstance(documents.rows, datasets.IterableDataset):
-        return Blocks(BlockStream(**options))
+        return Blocks(BlockStream(documents, tokenizer, block_size))
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=block_size)})
     packed = datasets.Dataset.from_generator(_blocks, features=features, gen_kwargs=options)
     return Blocks(packed.with_format("numpy"))
 
 
 @dataclass(frozen=True, eq=False)
-class BlockStream(torch.utils.data.IterableDataset):
-    """Blocks of a stream; with several loader processes each of them packs shards of its own."""
+class BlockStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
+    """Blocks of a stream; with several loader processes, each packs shards of its own."""
 
     documents: Documents
     tokenizer: PreTrainedTokenizerBase
@@ -116,24 +89,24 @@ class BlockStream(torch.utils.data.IterableDataset):
         return _blocks(self.documents, self.tokenizer, self.block_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle in another order from now on."""
-        self.documents.rows.set_epoch(epoch)
+        """Shuffles in another order from now on; the Trainer calls it."""
+        self.documents.rows.set_epoch(epoch)  # type: ignore[attr-defined]
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Make a batch of blocks: all tokens are labels but the first, which nothing predicts.
+    """Makes a batch of blocks: all tokens are labels but the first, which nothing predicts.
 
-    The model ignores the first label in any case. Marked, the Trainer does not count it either: for GPT-2,
-    and in earlier versions for all models, its losses would be too small by one part in the block size.
+    The model ignores the first label in any case. Marked, the Trainer does not count it either: its losses of
+    GPT-2 would otherwise be too small by one part in the block size.
     """
     input_ids = torch.from_numpy(np.stack([np.asarray(row["input_ids"]) for row in rows])).long()
     labels = input_ids.clone()
-    labels[:, 0] = -100
+    labels[:, 0] = IGNORED
     return {"input_ids": input_ids, "labels": labels}
 
 
 def spread(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
-    """Return at most `count` rows, evenly spread: the same ones in every run."""
+    """At most ``count`` rows, evenly spread: the same ones in every run."""
     count = min(count, len(dataset))
     return dataset.select([i * len(dataset) // count for i in range(count)])
 
@@ -152,16 +125,16 @@ def _blocks(
 def _encode(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[str, bool, list[int]]]:
-    """Yield pieces of documents, whether each is its document's last, and its tokens (the end among them)."""
-    pieces = ((piece, last) for text in documents for piece, last in _pieces(text))
+    """Pieces of documents, whether each is its document's last, and its tokens with the end-of-text token."""
+    pieces = ((piece, is_last) for text in documents for piece, is_last in _pieces(text))
     while batch := list(itertools.islice(pieces, BATCH)):
         encoded = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for (text, last), ids in zip(batch, encoded, strict=True):
-            yield text, last, ids + [tokenizer.eos_token_id] * last
+        for (text, is_last), ids in zip(batch, encoded, strict=True):
+            yield text, is_last, ids + [tokenizer.eos_token_id] * is_last
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Cut a text at line ends into pieces of about `PIECE` characters; the flag marks the last one."""
+    """Cuts a text at line ends into pieces of about ``PIECE`` characters; the flag marks the last one."""
     start = 0
     while len(text) - start > PIECE:
         end = text.find("\n", start + PIECE) + 1 or len(text)

