@@ -37,8 +37,9 @@ from .elementwise import Tensors, inner_products
 from .polar import PolarMethod, compute_dtype, polar_factors
 
 VectorNormName = Literal["linf", "ada_linf", "ada_l2"]
+NormName = Literal["spectral", VectorNormName]
 VECTOR_NORMS: tuple[str, ...] = get_args(VectorNormName)
-NORMS = ("spectral", *VECTOR_NORMS)
+NORMS: tuple[str, ...] = get_args(NormName)
 ADAPTIVE_NORMS = frozenset({"ada_linf", "ada_l2"})
 """The norms that need the second moment v."""
 

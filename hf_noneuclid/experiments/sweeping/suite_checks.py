@@ -1,7 +1,6 @@
 """Whether what a suite names exists: methods, their options, flags of the recipe, files."""
 
 import difflib
-import importlib
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
@@ -52,27 +51,21 @@ def check_model(suite: Suite) -> None:
     Raises:
         InputError: It has not been trained yet.
     """
-    model = recipe_options(suite.recipe)[1]
     named = any(suite.options.get(name) for name in ("model_name_or_path", "model_package"))
-    if suite.recipe != "pretrain" and not named and not (Path(model) / "config.json").is_file():
+    if (
+        suite.recipe != "pretrain"
+        and not named
+        and not (Path(options.DEFAULT_MODEL) / "config.json").is_file()
+    ):
         raise InputError(
-            f"the suite starts from {model}, which is not there: run recipes/pretrain.py first, "
+            f"the suite starts from {options.DEFAULT_MODEL}, which is not there: run recipes/pretrain.py first, "
             "or name another with --option model_name_or_path=..."
         )
 
 
 def parser_of(recipe: str) -> HfArgumentParser:
     """The parser of a recipe's command line; it raises ArgumentError for a value that it cannot read."""
-    return HfArgumentParser(recipe_options(recipe)[0], allow_abbrev=False, exit_on_error=False)
-
-
-def recipe_options(recipe: str) -> tuple[tuple[type, ...], str]:
-    """The argument dataclasses of a recipe, and the model that fine-tuning starts from by default."""
-    module: Any = options
-    if isinstance(module.ARGUMENT_TYPES, dict):
-        return module.ARGUMENT_TYPES[recipe], module.DEFAULT_MODEL
-    tuning: Any = importlib.import_module("hf_noneuclid.experiments.finetuning.finetune_options")
-    return (module if recipe == "pretrain" else tuning).ARGUMENT_TYPES, tuning.DEFAULT_MODEL
+    return HfArgumentParser(options.ARGUMENT_TYPES[recipe], allow_abbrev=False, exit_on_error=False)
 
 
 def _check_method(method: str, text: str, where: str) -> None:
