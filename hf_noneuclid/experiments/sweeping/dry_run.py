@@ -16,8 +16,9 @@ from hf_noneuclid.experiments.costs.step import Costs, plan_row, shapes_of
 from hf_noneuclid.experiments.sweeping.commands import Launch, as_arguments, launcher, recipe_flags
 from hf_noneuclid.experiments.sweeping.execution import run_folder
 from hf_noneuclid.experiments.sweeping.suite import Run, Suite
-from hf_noneuclid.experiments.sweeping.suite_checks import check_suite, parser_of, recipe_options
+from hf_noneuclid.experiments.sweeping.suite_checks import check_suite, parser_of
 from hf_noneuclid.experiments.training.model import load_config
+from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES
 from hf_noneuclid.methods import all_names, parse_options
 
 FLOPS = 6  # per parameter and token: forward 2, backward 4; without attention and polar factors
@@ -108,7 +109,7 @@ def cost_of(flags: Mapping[str, Any], launch: Launch, flops: float) -> Cost:
         InputError: The model cannot be configured.
     """
     args = parser_of(COUNTED).parse_args(as_arguments(flags))
-    model_type: Any = recipe_options(COUNTED)[0][0]
+    model_type: Any = ARGUMENT_TYPES[COUNTED][0]
     model_args = model_type(**{name: getattr(args, name) for name in model_type.__dataclass_fields__})
     config = load_config(model_args, _vocabulary(args), args.block_size)
     with torch.device("meta"):

@@ -3,7 +3,6 @@
 import difflib
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any
 
 from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
@@ -52,14 +51,11 @@ def check_model(suite: Suite) -> None:
         InputError: It has not been trained yet.
     """
     named = any(suite.options.get(name) for name in ("model_name_or_path", "model_package"))
-    if (
-        suite.recipe != "pretrain"
-        and not named
-        and not (Path(options.DEFAULT_MODEL) / "config.json").is_file()
-    ):
+    model = Path(options.DEFAULT_MODEL)
+    if suite.recipe != "pretrain" and not named and not (model / "config.json").is_file():
         raise InputError(
-            f"the suite starts from {options.DEFAULT_MODEL}, which is not there: run recipes/pretrain.py first, "
-            "or name another with --option model_name_or_path=..."
+            f"the suite starts from {model}, which is not there: run recipes/pretrain.py first, or name another "
+            "with --option model_name_or_path=..."
         )
 
 
