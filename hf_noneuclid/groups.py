@@ -43,14 +43,20 @@ def one_group(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Groups of named parameters as a single one, in which lists hold what differs between parameters.
 
     DeepSpeed steps group by group, but a step depends on all parameters.
+
+    Raises:
+        ValueError: Some of the groups have an option that others lack.
     """
     merged: dict[str, Any] = {"params": [pair for group in groups for pair in group["params"]]}
     for option in sorted({key for group in groups for key in group} - {"params"}):
-        merged[option] = [
-            value
-            for group in groups
-            for value in per_parameter({**PARAMETER_DEFAULTS, **group}, option, len(group["params"]))
-        ]
+        merged[option] = []
+        for i, group in enumerate(groups):
+            full = {"lr_scale": 1.0, "flatten": False, **group}
+            if option not in full:
+                raise ValueError(
+                    f"parameter group {i} has no {option}, and other groups have one. Give it to all."
+                )
+            merged[option] += per_parameter(full, option, len(group["params"]))
     return [merged]
 
 

@@ -174,19 +174,17 @@ class Scheduled(Relative):
     initial: ClassVar[tuple[float, ...]] = (math.nan, 0.0)
 
     def part(self, memory: Tensor, seen: Seen) -> Tensor:
-        peak = self._peak(memory, seen)
+        peak = torch.maximum(memory[1], seen.learning_rate)
         return torch.where(peak > 0, seen.learning_rate / peak, 1)
 
     def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
-        return torch.stack([self._mean(memory[0], seen.loss), self._peak(memory, seen)])
+        peak = torch.maximum(memory[1], seen.learning_rate)
+        return torch.stack([self._mean(memory[0], seen.loss), peak])
 
     def _below(self, mean: Tensor) -> Tensor:
         below = torch.where(mean > 0, self.fraction * mean, (2 - self.fraction) * mean)
         # A loss that is NaN makes the step a bad one, whatever the bound.
         return torch.where(mean.isnan(), NO_BOUND, torch.minimum(below, mean - self.slack))
-
-    def _peak(self, memory: Tensor, seen: Seen) -> Tensor:
-        return torch.maximum(memory[1], seen.learning_rate)
 
 
 def lower_bound(value: float | str, fraction: float, horizon: float, slack: float) -> LowerBound:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +126,6 @@ class NonEuclideanDescent(Optimizer):
         self._observed: Loss | None = None
         self._plan: Plan | None = None
         self._plan_key: list[Any] = []
-        self._plan_state: list[Tensor] = []
         self._diagnostics = Diagnostics(resumed=bool(getattr(self, "state", None)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -331,17 +330,21 @@ class NonEuclideanDescent(Optimizer):
 
     def _current_plan(self) -> Plan:
         """The plan, made anew if parameters, their options or the tensors of the state are others."""
+        if self._plan is None or self._key_of_plan() != self._plan_key:
+            given = [[reference() for reference in references] for references in self._given]
+            self._plan = make_plan(self.param_groups, given, self.state)
+            self._plan_key = self._key_of_plan()  # not before: the plan makes the state
+        return self._plan
+
+    def _key_of_plan(self) -> list[Any]:
+        """What a plan depends on. It holds tensors of the state, which offloading it replaces by others."""
         key: list[Any] = []
         for group in self.param_groups:
             params = group["params"]
             key += [{**group, **_READ_EVERY_STEP}, *map(id, params), *map(_requires_grad, params)]
-        # The plan holds tensors of the state, and what moves a state away and back puts new ones there.
-        same_state = [*map(id, _state_tensors(self.state))] == [*map(id, self._plan_state)]
-        if self._plan is None or key != self._plan_key or not same_state:
-            given = [[reference() for reference in references] for references in self._given]
-            self._plan, self._plan_key = make_plan(self.param_groups, given, self.state), key
-            self._plan_state = _state_tensors(self.state)
-        return self._plan
+        for its in self.state.values():
+            key += map(id, its.values())
+        return key
 
     # ---------------------------------------------------------------- what the user sees
 
@@ -425,10 +428,6 @@ def _inner(plan: Plan, xs: Sequence[Tensors]) -> Tensor:
         for bucket, x in zip(plan.buckets, xs, strict=True):
             total = total + bucket.inner(x)
     return total
-
-
-def _state_tensors(state: Mapping[Tensor, Mapping[str, Tensor]]) -> list[Tensor]:
-    return [x for its in state.values() for x in its.values()]
 
 
 def _references(group: dict[str, Any]) -> list[weakref.ref[Tensor]]:

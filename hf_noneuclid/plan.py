@@ -98,7 +98,7 @@ def make_plan(
         # A frozen parameter with a history counts: its momentum decays, and the model of the loss knows it.
         if x.elements and (x.is_trained or x.shard.tensor in state)
     ]
-    if not parameters:
+    if not any(x.is_trained for x in parameters):
         raise RuntimeError("no parameter of the optimizer requires a gradient: there is nothing to step.")
     intervals = gather_intervals([x.name for x in parameters], [x.shard for x in parameters], grid)
 

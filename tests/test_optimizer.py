@@ -760,3 +760,17 @@ def test_nothing_to_step_is_an_error():
         p.requires_grad_(False)
     with pytest.raises(RuntimeError, match="no parameter of the optimizer requires a gradient"):
         optimizer.step(loss=1.0)
+
+
+def test_parameters_that_are_all_frozen_later_are_an_error():
+    net, optimizer = make()
+    train(net, optimizer, 1)
+    net.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="nothing to step"):
+        optimizer.step(loss=1.0)
+
+
+def test_groups_of_which_one_lacks_an_option_are_not_merged():
+    groups = [{"params": [], "norm": "linf", "weight_decay": 0.1}, {"params": [], "norm": "linf"}]
+    with pytest.raises(ValueError, match="group 1 has no weight_decay"):
+        hf_noneuclid.one_group(groups)

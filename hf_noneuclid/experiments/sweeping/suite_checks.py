@@ -54,8 +54,8 @@ def check_model(suite: Suite) -> None:
     model = Path(options.DEFAULT_MODEL)
     if suite.recipe != "pretrain" and not named and not (model / "config.json").is_file():
         raise InputError(
-            f"the suite starts from {model}, which is not there: run recipes/pretrain.py first, or name another "
-            "with --option model_name_or_path=..."
+            f"the suite starts from {model}, which is not there: run recipes/pretrain.py first, or name "
+            "another model with --option model_name_or_path=..."
         )
 
 
