@@ -1,4 +1,4 @@
-"""What each engine holds, keeps and sends by itself, as it documents that.
+"""What each engine holds and sends by itself, as it documents that.
 
 References:
     S. Rajbhandari, J. Rasley, O. Ruwase, Y. He, "ZeRO: Memory Optimizations Toward Training Trillion
@@ -25,24 +25,6 @@ DTYPES = {
     "bf16": "the Trainer's --bf16: float32 weights under DDP, FSDP2 and HSDP, float32 masters under ZeRO",
     "fp32": "everything in float32",
     "pure_bf16": "weights in bfloat16; only ZeRO keeps float32 masters",
-}
-
-MODEL_STATE = {
-    "ddp": "weights, gradients and the buckets that they are reduced in: w P + 2 w P",
-    "fsdp2": "shards of weights and gradients: (w + w) P/n",
-    "hsdp": "shards of weights and gradients: (w + w) P/s",
-    "zero1": "weights, gradients, shards of float32 masters: w P + w P + 4 P/n",
-    "zero2": "weights, shards of gradients and of float32 masters: w P + (w + 4) P/n",
-    "zero3": "shards of weights, gradients and float32 masters: (w + w + 4) P/n",
-}
-
-ENGINE_SENT = {
-    "ddp": "a ring all-reduce of gradients: 2 g P (n-1)/n",
-    "fsdp2": "weights gathered forward and backward, gradients reduce-scattered: (2 x + g) P (n-1)/n",
-    "hsdp": "that within the node, and an all-reduce of the shards: (2 x + g) P (s-1)/s + 2 g P/s (r-1)/r",
-    "zero1": "gradients reduce-scattered, weights gathered: (g + x) P (n-1)/n",
-    "zero2": "gradients reduce-scattered, weights gathered: (g + x) P (n-1)/n",
-    "zero3": "weights gathered forward and backward, gradients reduce-scattered: (2 x + g) P (n-1)/n",
 }
 
 _ZERO_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor, in elements of each rank

@@ -53,10 +53,7 @@ def measure(
 
 
 def _join() -> torch.device:
-    """Joins the other processes, or makes a group of one if torchrun did not start this one."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**alone, "MASTER_PORT": "0"}.items():  # 0 is any free port
-        os.environ.setdefault(name, value)
+    """Joins the other processes of torchrun; returns the device of this one."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         dist.init_process_group("gloo")
@@ -83,17 +80,17 @@ def _measure_engine(
     sent = optimizer.diagnostics()["bytes_sent"]
     if any(total % STEPS for total in sent.values()):
         raise RuntimeError(f"the {STEPS} steps did not all send the same number of bytes: {sent}.")
+    predicted = costs.sent_by_collective()
+    measured = {name: sent.get(name, 0) // STEPS for name in predicted}
     place = divmod(rank, grid[1])
-    predicted = {**costs.sent_by_collective(), "state": costs.state_bytes()}
     return {
         "engine": engine,
         "rank": rank,
         "parameters": elements(shapes.parameters),
-        "measured": {
-            **{name: sent.get(name, 0) // STEPS for name in costs.sent_by_collective()},
-            "state": _state_bytes(optimizer),
+        "measured": {**measured, "state": _state_bytes(optimizer)},
+        "predicted": {
+            name: int(by_rank[place]) for name, by_rank in {**predicted, "state": costs.state_bytes()}.items()
         },
-        "predicted": {name: int(by_rank[place]) for name, by_rank in predicted.items()},
     }
 
 

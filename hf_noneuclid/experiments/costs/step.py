@@ -198,21 +198,18 @@ class Costs:
         at_once = np.minimum(self.held, max(self._workspace // STATE_BYTES, largest))
         return np.maximum(self._bucket_bytes, 2 * STATE_BYTES * at_once - self.kept_bytes())
 
-    def all_reduce_bytes(self) -> int:
-        """Sent by each rank for the scalars of a step: a ring sends them twice, except one share."""
-        numbers = [4, units(self.shapes.parameters) + 1]  # phase 0; the dual norms and ⟨p, m⟩
-        if self.shapes.options.nuclear_norm == "stale":
-            numbers.append(units(self.shapes.matrices))
-        ranks = prod(self.grid)
-        return sum(2 * STATE_BYTES * n * (ranks - 1) // ranks for n in numbers)
-
     def sent_bytes(self) -> dict[str, Array]:
         """What each rank sends in a step, by purpose."""
+        scalars = [4, units(self.shapes.parameters) + 1]  # phase 0; the dual norms and ⟨p, m⟩
+        if self.shapes.options.nuclear_norm == "stale":
+            scalars.append(units(self.shapes.matrices))
+        ranks = prod(self.grid)  # a ring sends everything twice, except one share
+        reduced = sum(2 * STATE_BYTES * n * (ranks - 1) // ranks for n in scalars)
         return {
             "momentum": STATE_BYTES * self.momentum,
             "directions": self.direction_bytes * self.directions,
             "replicas": self.direction_bytes * self.gathered + self.broadcast,
-            "scalars": np.full(self.grid, self.all_reduce_bytes()),
+            "scalars": np.full(self.grid, reduced),
         }
 
     def sent_by_collective(self) -> dict[str, Array]:
@@ -249,13 +246,9 @@ def plan_row(costs: Costs, dtype: str) -> dict[str, Any]:
     fullest = np.unravel_index(int(np.sum(list(held.values()), axis=0).argmax()), costs.grid)
     engine = engine_sent_bytes(costs.engine, costs.grid, elements(costs.shapes.parameters), dtype)
     step = np.sum(list(sent.values()), axis=0)
-    # L: the elements that the replicas of a shard pass on to each other, with what pads them.
-    passed_on = float(sent["replicas"].mean()) / costs.direction_bytes * replicas / max(1, replicas - 1)
     return {
         "engine": costs.engine,
         "gpus": replicas * shards,
-        "replicas": replicas,
-        "shards": shards,
         "memory_bytes": {key: int(value[fullest]) for key, value in held.items()},
         "sent_bytes": {key: _mean_and_max(value) for key, value in {**sent, "sum": step}.items()},
         "engine_sent_bytes": engine,
@@ -265,10 +258,6 @@ def plan_row(costs: Costs, dtype: str) -> dict[str, Any]:
             "imbalance": float(costs.flops.max() / costs.flops.mean()),
         },
         "idle_ranks": int((costs.owned == 0).sum()),
-        "widths": widths(costs.engine, dtype)._asdict(),
-        "at_home": elements(costs.shapes.matrices) - int(costs.momentum.sum()),
-        "handed_on": passed_on,
-        "direction_bytes": costs.direction_bytes,
     }
 
 
