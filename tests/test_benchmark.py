@@ -46,7 +46,8 @@ def polar_operations(model, steps=5):
 
 def test_the_report_has_every_field_and_contender(report):
     assert set(report) == {
-        *("hardware", "shapes", "device", "rounds", "parameters", "matrix_elements", "matmul", "contenders"),
+        *("hardware", "shapes", "rounds", "parameters", "matrix_elements"),
+        *("matmul_flops_per_second", "contenders"),
     }
     assert [row["name"] for row in report["contenders"]] == list(contenders.DEFAULT_CONTENDERS)
     for row in report["contenders"]:
@@ -63,7 +64,7 @@ def test_the_operations_are_those_of_all_matrices(report, model):
     for row in report["contenders"][2:]:
         assert row["polar_flops"] == polar_operations(model)
         rate = row["polar_flops"] / row["polar_seconds"]
-        assert row["share_of_matmul"] == rate / report["matmul"]["flops_per_second"]
+        assert row["share_of_matmul"] == rate / report["matmul_flops_per_second"]
 
 
 def test_what_torch_muon_cannot_take_is_said(report, model):
@@ -173,11 +174,9 @@ def test_the_meter_is_taken_away_again():
         (["--contenders", "muon", "muon"], "a contender is named twice"),
         (["--shapes", "gpt5"], "gpt2-large"),
         (["--rounds", "0"], "--rounds 0: give 1 or more"),
-        (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
     ],
 )
-def test_what_it_refuses(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_what_it_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         benchmark.main(["--shapes", "tiny-moe", *arguments])
     assert caught.value.code == 2

@@ -5,10 +5,9 @@
 
 The first reads nothing but a configuration. It prints, for each engine and number of GPUs, what a GPU holds,
 sends and computes in one optimizer step. The second takes three steps with each engine on the processes that
-it is started with, and prints what was sent beside what the first predicts.
+it is started with. It prints the bytes that were sent in a step and kept by the optimizer, and those that are
+predicted: a JSON object for each engine and rank.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -69,11 +68,8 @@ def _measure(args: argparse.Namespace) -> None:
     from hf_noneuclid.experiments.costs.measured import measure  # slow, with the engines
 
     config = load_config(args.model)
-    rows = measure(config, args.engine, args.optim, args.nuclear_norm, args.gpus_per_node)
-    if rows:
-        settings = {key: getattr(args, key) for key in ("model", "optim", "nuclear_norm")}
-        report = {"ranks": int(os.environ["WORLD_SIZE"]), **settings, "rows": rows}
-        print(json.dumps(report) if args.json else tables.measured_text(report))
+    for row in measure(config, args.engine, args.optim, args.nuclear_norm, args.gpus_per_node):
+        print(json.dumps(row))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # CPU workers sometimes abort while the interpreter shuts down

@@ -1,7 +1,5 @@
 """The optimizers that ``noneuclid benchmark`` compares, all on the same parameters and gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,7 +11,6 @@ from hf_noneuclid import METHODS, methods
 from hf_noneuclid.diagnostics import FATAL_RUN
 from hf_noneuclid.experiments.common import option_pairs
 
-GRADIENT_SCALE = 1e-2
 TORCH_CONTENDERS = ("adamw", "torch_muon")
 DEFAULT_CONTENDERS = (
     *TORCH_CONTENDERS,
@@ -23,7 +20,6 @@ LR = 1e-9
 """So small that the parameters stay the same for all contenders."""
 WEIGHT_DECAY = 0.1
 """The same for all, so that all do the same work."""
-LOSS = 3.0
 WARM_UP_STEPS = 2
 
 
@@ -44,7 +40,7 @@ def fill_gradients(model: nn.Module) -> None:
     """Gives every parameter a normally distributed gradient, the same in every run."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(1)
     for p in model.parameters():
-        p.grad = torch.empty_like(p).normal_(std=GRADIENT_SCALE, generator=generator)
+        p.grad = torch.empty_like(p).normal_(std=1e-2, generator=generator)
 
 
 def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -101,7 +97,7 @@ def _torch_muon(name: str, model: nn.Module) -> Contender:
 def _ours(name: str, model: nn.Module, method: str, options: str) -> Contender:
     values = methods.parse_options(option_pairs(options))
     optimizer = hf_noneuclid.create_optimizer(model, method, lr=LR, weight_decay=WEIGHT_DECAY, **values)
-    loss = torch.tensor(LOSS, device=next(model.parameters()).device)
+    loss = torch.tensor(3.0, device=next(model.parameters()).device)
     # Stale norms keep all polar factors in memory until a first good step is sure to have been taken.
     is_stale = optimizer.param_groups[0]["nuclear_norm"] == "stale"
     return Contender(

@@ -4,8 +4,6 @@ The engines are used as they are, without the Trainer: ``DistributedDataParallel
 mesh of one or two dimensions, and ``deepspeed.initialize``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -21,7 +19,7 @@ from transformers import PretrainedConfig as Config
 from hf_noneuclid import NonEuclideanDescent, methods, one_group
 from hf_noneuclid.experiments.costs.engines import Grid, grid_of
 from hf_noneuclid.experiments.costs.models import build
-from hf_noneuclid.experiments.costs.step import Costs, elements, shapes_of
+from hf_noneuclid.experiments.costs.step import Costs, shapes_of
 
 STEPS = 3
 BATCH = (2, 8)  # rows and tokens of each GPU
@@ -86,7 +84,6 @@ def _measure_engine(
     return {
         "engine": engine,
         "rank": rank,
-        "parameters": elements(shapes.parameters),
         "measured": {**measured, "state": _state_bytes(optimizer)},
         "predicted": {
             name: int(by_rank[place]) for name, by_rank in {**predicted, "state": costs.state_bytes()}.items()

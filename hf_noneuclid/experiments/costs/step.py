@@ -4,8 +4,6 @@ Buckets and owners are worked out by the package's own functions, as every rank 
 it is done for all ranks at once. Sizes are numbers of elements, arrays are indexed by (replica, shard).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -225,7 +223,7 @@ class Costs:
 
 def memory(costs: Costs, dtype: str) -> dict[str, Array]:
     """Bytes on every rank, by purpose, without activations and what an engine gathers for a while."""
-    engine, w = costs.engine, widths(costs.engine, dtype).w
+    engine, (w, _, _) = costs.engine, widths(costs.engine, dtype)
     everything = np.full(costs.grid, elements(costs.shapes.parameters))
     master = STATE_BYTES * costs.flat * engine.startswith("zero")
     gradients = {"ddp": 2 * everything, "zero1": everything}.get(engine, costs.flat)

@@ -1,7 +1,5 @@
 """The text that ``noneuclid plan`` and ``noneuclid benchmark`` print."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,54 +71,31 @@ def _operations(row: Row) -> list[str]:
     return [*map(number, numbers), f"{row['idle_ranks']:,}"]
 
 
-def measured_text(report: Row) -> str:
-    """The report of ``noneuclid plan --measure``: a row for each engine, rank and kind of bytes."""
-    rows = report["rows"]
-    body = [
-        [row["engine"], str(row["rank"]), name, f"{measured:,}", f"{row['predicted'][name]:,}"]
-        for row in rows
-        for name, measured in row["measured"].items()
-        if measured or row["predicted"][name]
-    ]
-    head = (
-        f"{report['model']}, {rows[0]['parameters']:,} parameters, {report['ranks']} processes, "
-        f"{report['optim']}, nuclear_norm {report['nuclear_norm']}: bytes sent in one step by collective, "
-        "and kept by the optimizer"
-    )
-    return f"{head}\n\n{markdown_table(['engine', 'rank', 'bytes', 'measured', 'predicted'], body)}"
-
-
 # ---------------------------------------------------------------- the benchmark
 
 
 def benchmark_text(report: Row) -> str:
     """The report of ``noneuclid benchmark``."""
-    rows, used, matmul = report["contenders"], report["hardware"], report["matmul"]
+    rows, used = report["contenders"], report["hardware"]
     machine = ", ".join(filter(None, (used["gpu"], used["cpu"])))
     head = (
         f"{report['shapes']} ({report['parameters']:,} parameters, {report['matrix_elements']:,} of them in "
         f"matrices) on {machine}, {used['threads']} threads, torch {used['torch']}; {report['rounds']} "
-        f"rounds in turn, ratios round by round: median (range). Matmul: "
-        f"{number(matmul['flops_per_second'] / 1e9)} GFLOP/s, {matmul['dtype']}, size {matmul['size']:,}."
+        f"rounds in turn, ratios round by round: median (range). A "
+        f"product of square matrices runs at {number(report['matmul_flops_per_second'] / 1e9)} GFLOP/s."
     )
     table = markdown_table(list(_cells(rows[0])), [list(_cells(row).values()) for row in rows])
     return "\n\n".join([head, table, *(f"{row['name']}: {row['note']}." for row in rows if row["note"])])
 
 
 def _cells(row: Row) -> dict[str, str]:
-    seconds, flops = row["polar_seconds"], row["polar_flops"]
+    seconds, flops, ratios = row["polar_seconds"], row["polar_flops"], row["ratios"].items()
     return {
         "contender": row["name"],
         "step, ms": number(row["median_seconds"] / 1e-3),
-        **{f"/ {name}": _ratio(ratio) for name, ratio in row["ratios"].items()},
+        **{f"/ {name}": f"{x['median']:.3g} ({x['lowest']:.3g} to {x['highest']:.3g})" for name, x in ratios},
         "polar, ms": number(seconds / 1e-3) if seconds else "-",
         "polar, GFLOP": number(flops / 1e9) if flops else "-",
         "of matmul": f"{row['share_of_matmul']:.0%}" if flops else "-",
         "extra memory, MB": number(round(row["peak_extra_bytes"] / 1e6, 1)),
     }
-
-
-def _ratio(ratio: dict[str, float]) -> str:
-    if ratio["lowest"] == ratio["highest"]:  # to itself, or of one round
-        return number(ratio["median"])
-    return f"{ratio['median']:.3g} ({ratio['lowest']:.3g} to {ratio['highest']:.3g})"

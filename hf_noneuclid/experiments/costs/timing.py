@@ -4,13 +4,10 @@ Steps are callables without arguments. Times are in seconds, memory is in bytes.
 addition are two operations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from statistics import median
 from time import perf_counter
-from typing import Any
 from unittest import mock
 
 import torch
@@ -58,15 +55,10 @@ def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]
     return {"median": median(quotients), "lowest": min(quotients), "highest": max(quotients)}
 
 
-def matmul_rate(device: torch.device, rows: int) -> dict[str, Any]:
-    """Measures the product of two square matrices in the dtype that polar factors are computed in.
+def matmul_rate(device: torch.device, rows: int) -> float:
+    """Operations per second of the product of two square matrices, the median of five measurements.
 
-    Args:
-        device: Where.
-        rows: The shorter side of the largest matrix of the model, which decides the dtype on a CPU.
-
-    Returns:
-        ``size``, ``dtype``, and ``flops_per_second``, the median of five measurements.
+    The dtype is that of the polar factors of matrices whose shorter side is ``rows``.
     """
     size, dtype = MATMUL_SIZE[device.type], compute_dtype(torch.float32, device, rows)
     x, y = torch.randn(2, size, size, device=device).to(dtype).unbind()
@@ -78,8 +70,7 @@ def matmul_rate(device: torch.device, rows: int) -> dict[str, Any]:
 
     multiply()
     seconds = median(seconds_of(multiply, device) for _ in range(5))
-    name = str(dtype).removeprefix("torch.")
-    return {"size": size, "dtype": name, "flops_per_second": products * 2 * size**3 / seconds}
+    return products * 2 * size**3 / seconds
 
 
 def polar_cost(step: Step, device: torch.device, rounds: int = 2) -> tuple[float, int]:
