@@ -39,11 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All that is measured: seconds, bytes and operations, and ratios of them.
-
-    Raises:
-        ValueError: A contender is unknown, or an option of it.
-    """
+    """All that is measured: seconds, bytes and operations, and ratios of them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(MODELS[args.shapes], device)
     contenders.fill_gradients(model)

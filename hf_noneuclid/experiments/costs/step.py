@@ -102,9 +102,8 @@ class Costs:
         partition = flat_partition(shapes.parameters, engine, grid[1])
         self.flat = self.held if partition is None else np.full(grid, partition)
         """Of the tensors that a rank steps, with the padding of flat partitions."""
-        self.owned, self.flops, self._bucket_bytes = self._zeros(), self._zeros(), self._zeros()
-        self.momentum, self.directions = self._zeros(), self._zeros()
-        self.gathered, self.broadcast = self._zeros(), self._zeros()
+        self.owned, self.flops, self._bucket_bytes = (self._zeros() for _ in range(3))
+        self.momentum, self.directions, self.gathered, self.broadcast = (self._zeros() for _ in range(4))
         steps = shapes.options.polar_steps
         for parameters, blocks in bucket_matrices(shapes.matrices, held, *grid, steps, self._workspace):
             self._add_bucket([self._intervals[x] for x in parameters], blocks)
@@ -158,7 +157,7 @@ class Costs:
         gram = sum(block.shape[0] * min(block.shape[1:]) ** 2 for block in blocks)
         return (2 * STATE_BYTES + 2 * c) * size + 2 * c * gram
 
-    def _bytes_of_bucket(self, owned: Array, here: Array, iterating: Array, shared: Array) -> Array:
+    def _bytes_of_bucket(self, owned: Array, here: Array, iterating: Array, shared: Array) -> Any:
         """Bytes that a bucket needs at its worst moment, without the polar factors that are kept."""
         c = self.direction_bytes
         copies = self.grid[1] > 1  # where nothing is sharded, momenta are used where they are
@@ -166,8 +165,7 @@ class Costs:
         gathering = STATE_BYTES * copies * (here + 2 * owned)
         polar = factors + STATE_BYTES * copies * owned + iterating
         scattering = factors + c * (2 * owned + copies * here + shared + here.sum(axis=0))
-        worst: Array = np.maximum(np.maximum(gathering, polar), scattering)
-        return worst
+        return np.maximum(np.maximum(gathering, polar), scattering)
 
     def state_bytes(self) -> Array:
         """The optimizer's state."""

@@ -46,14 +46,12 @@ def write_card(folder: Path, target: Target, comparison: str = "") -> None:
         _metadata(facts, target),
         template_path=str(HERE / "model_card.md"),
         repository=target,
+        facts=facts,
         metrics=metrics,
         start=_start(metrics.get("base_model")),
         results=_results(facts),
         comparison=comparison,
         method=_table("setting", "value", facts.method(), code=True),
-        optimizer=facts.optimizer,
-        task=facts.task,
-        is_adapter=facts.is_adapter,
         data=_data(facts),
         command=shlex.join(["python", recipe, *metrics.get("command", [])]),
         config=yaml.safe_dump(config).strip() if config else "",
@@ -77,7 +75,7 @@ def _metadata(facts: RunFacts, target: Target) -> ModelCardData:
             metric_name=name,
             metric_value=value,
         )
-        for name, value in facts.results().items()
+        for name, value in facts.results.items()
         if name in METRICS
     ]
     return ModelCardData(
@@ -113,7 +111,7 @@ def _start(base: Mapping[str, Any] | None) -> str:
 
 def _results(facts: RunFacts) -> str:
     head, before = ["result", "value"], facts.metrics.get("before")
-    rows = [[name, _number(value)] for name, value in facts.results().items()]
+    rows = [[name, _number(value)] for name, value in facts.results.items()]
     if before:  # of a fine-tuning; there, eval_loss is called loss
         head = ["result", "before", "after"]
         rows = [[name, _number(before.get(name.removeprefix("eval_"))), after] for name, after in rows]
@@ -140,6 +138,4 @@ def _cell(value: Any) -> str:
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    return "" if value is None else f"{value:.6g}"

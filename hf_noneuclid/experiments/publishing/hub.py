@@ -24,23 +24,20 @@ REPLACED = (*WEIGHTS, "model.safetensors.index.json", "adapter_*")
 
 @dataclass(frozen=True)
 class Target:
-    """A repository on the Hub, and how it is pushed to.
-
-    Attributes:
-        repo_id: ``namespace/name``; without a namespace the user's own.
-        kind: ``model`` or ``dataset``.
-        private: Whether a repository that the push makes is private; None for the namespace's default.
-        revision: Branch, made if there is none; None for main.
-        overwrite: Replace whatever the repository holds.
-        license: Licence of what is pushed, as the Hub writes it; None if nobody has chosen one.
-    """
+    """A repository on the Hub, and how it is pushed to."""
 
     repo_id: str
+    """``namespace/name``; without a namespace the user's own."""
     kind: str = "model"
+    """``model`` or ``dataset``."""
     private: bool | None = None
+    """Whether a repository that the push makes is private; None for the namespace's default."""
     revision: str | None = None
+    """A branch, made if there is none; None for main."""
     overwrite: bool = False
+    """Whether to replace whatever the repository holds."""
     license: str | None = None
+    """Licence of what is pushed, as the Hub writes it."""
 
     @property
     def where(self) -> dict[str, Any]:

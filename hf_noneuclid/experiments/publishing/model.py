@@ -19,10 +19,6 @@ def push(folder: Path, args: TrainingArguments) -> None:
     Call it when everything is written and no other process waits for this one: an upload takes long. A run
     that diverged is not pushed, and a message says so.
 
-    Args:
-        folder: Holds the model, metrics.json and curves.png.
-        args: Arguments of the recipe, after ``check_hub``.
-
     Raises:
         PushError: The Hub or the network failed. The message has the command for later.
     """
@@ -54,7 +50,7 @@ def push_run(folder: Path, target: Target, comparison: str = "", later: Sequence
     """Writes the card of a run, and pushes its folder to a repository that is there already.
 
     Args:
-        folder: Holds the model and metrics.json.
+        folder: Of the run.
         target: Where to.
         comparison: Markdown for the card that compares the run with others.
         later: Arguments of ``noneuclid`` that push it another time; by default those for this folder.
