@@ -52,22 +52,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = _Parser("noneuclid publish", description=__doc__, formatter_class=layout, allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--folder", dest="output_dir", type=Path, help="folder of a run, with the model and metrics.json"
-    )
+    what.add_argument("--folder", dest="output_dir", type=Path, help="folder of a finished run")
     what.add_argument("--study", type=Path, help="output folder of a sweep")
     parser.add_argument("--hub_model_id", help="repository for --folder; default: the folder's name")
     parser.add_argument("--namespace", help="user or organisation for --study")
     parser.add_argument("--storage", help="storage of the study, if the sweep was given one")
     parser.add_argument("--study_name", help="name of the study, if the storage holds several")
     parser.add_argument("--hub_revision", help="branch to push to; default: main")
-    parser.add_argument(
-        "--hub_private_repo", type=string_to_bool, metavar="BOOL", help="make new repositories private"
-    )
+    parser.add_argument("--hub_private_repo", type=string_to_bool, help="make new repositories private")
     parser.add_argument("--hub_license", help="licence of the weights: apache-2.0, mit, ...")
-    parser.add_argument(
-        "--overwrite_hub_model", action="store_true", help="replace what the repository holds"
-    )
+    parser.add_argument("--overwrite_hub_model", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
     if args.study is not None and args.namespace is None:
         parser.error("--study needs --namespace, the user or organisation to push to")

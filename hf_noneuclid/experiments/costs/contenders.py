@@ -16,10 +16,8 @@ DEFAULT_CONTENDERS = (
     *TORCH_CONTENDERS,
     *("muon", "muonmax", "muonmax_momo", "muonmax_momo:nuclear_norm=stale"),
 )
-LR = 1e-9
-"""So small that the parameters stay the same for all contenders."""
-WEIGHT_DECAY = 0.1
-"""The same for all, so that all do the same work."""
+LR = 1e-9  # so small that the parameters stay the same for all contenders
+WEIGHT_DECAY = 0.1  # the same for all, so that all do the same work
 WARM_UP_STEPS = 2
 
 

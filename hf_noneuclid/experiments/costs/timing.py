@@ -38,10 +38,7 @@ def seconds_of(step: Step, device: torch.device) -> float:
 
 
 def in_turn(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """The seconds of each step in each round, timed A B C ... A B C ...
-
-    A machine that slows down slows all of them.
-    """
+    """The seconds of each step in each round, timed A B C A B C ..., so that a slow moment slows all."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

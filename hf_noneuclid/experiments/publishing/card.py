@@ -27,12 +27,7 @@ METRICS |= {"eval_loss": "loss", "macro_f1": "f1"}
 
 
 def write_card(folder: Path, target: Target, comparison: str = "") -> None:
-    """Writes README.md, the card of a run, into its folder.
-
-    Args:
-        folder: Folder of the run.
-        target: Repository in which the card will stand.
-        comparison: Markdown that compares the run with others.
+    """Writes README.md, the card of a run, into its folder; ``comparison`` is Markdown to add.
 
     Raises:
         InputError: The folder holds no finished run.

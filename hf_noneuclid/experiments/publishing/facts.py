@@ -71,8 +71,8 @@ class RunFacts:
     @property
     def results(self) -> dict[str, float]:
         """Every number that is a result."""
-        numbers = {name: value for name, value in self.metrics.items() if type(value) in (int, float)}
-        return {name: value for name, value in numbers.items() if name not in COUNTS}
+        metrics = self.metrics.items()
+        return {key: value for key, value in metrics if type(value) in (int, float) and key not in COUNTS}
 
     def method(self) -> dict[str, Any]:
         """The method with the value of every option; empty for an optimizer that is not of this package."""

@@ -71,7 +71,7 @@ def publish_study(
         make_ready(target, folders[method])
     make_ready(dataset, staged)
     for method, target in targets.items():
-        comparison = _comparison(summary, method, best[method][0], dataset, text)
+        comparison = _comparison(summary, best[method][0], dataset, text)
         push_run(folders[method], target, comparison, later)
     upload(staged, dataset, "Push all runs", later)
 
@@ -150,16 +150,14 @@ def _write_card(staged: Path, target: Target, suite: Suite, text: Mapping[str, s
     card.save(staged / "README.md")
 
 
-def _comparison(
-    summary: Mapping[str, Any], method: str, result: Result, dataset: Target, text: Mapping[str, str]
-) -> str:
+def _comparison(summary: Mapping[str, Any], result: Result, dataset: Target, text: Mapping[str, str]) -> str:
     """Markdown that compares a model with the others of its suite."""
-    missing = summary["ran"]["missing"]
+    missing, run = summary["ran"]["missing"], result.run
     parts = [
         f"## In the suite {summary['suite']['name']}",
         text["about"],
-        f"This is the best run of `{method}`: learning rate {rate(result.run.learning_rate)}, seed "
-        f"{result.run.seed}, final loss {result.loss:.4f} nats. All runs: {_link(dataset, dataset.repo_id)}.",
+        f"This is the best run of `{run.method}`: learning rate {rate(run.learning_rate)}, seed {run.seed}, "
+        f"final loss {result.loss:.4f} nats. All runs: {_link(dataset, dataset.repo_id)}.",
         f"**The suite is unfinished: {missing} runs are missing.**" if missing else "",
         text["models"],
         text["verdict"].replace("## ", "### "),
