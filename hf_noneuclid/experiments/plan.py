@@ -1,14 +1,13 @@
 """Plans a run that cannot be tried: memory, communication and polar factors of each GPU.
 
-    noneuclid plan --model llama-7b --engine all --gpus 8 64 1024
+    noneuclid plan --model llama-7b --gpus 8 64 1024
     torchrun --nproc_per_node=2 -m hf_noneuclid plan --measure --engine fsdp2 zero3
 
 The first reads nothing but a configuration. It prints, for each engine and number of GPUs, what a GPU holds,
-sends and computes in one optimizer step, and the formulas. The second takes three steps with each engine on
-the processes that it is started with, and prints what was sent beside what the first predicts.
+sends and computes in one optimizer step. The second takes three steps with each engine on the processes that
+it is started with. It prints the bytes that were sent in a step and kept by the optimizer, and those that are
+predicted: a JSON object for each engine and rank.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -52,10 +51,10 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for engine in args.engine:
         for gpus in args.gpus:
-            costs = Costs(shapes, engine, grid_of(engine, gpus, args.gpus_per_node), args.device)
+            costs = Costs(shapes, engine, grid_of(engine, gpus, args.gpus_per_node))
             rows.append(plan_row(costs, args.dtype))
     return {
-        **{key: getattr(args, key) for key in ("model", "optim", "nuclear_norm", "dtype", "device")},
+        **{key: getattr(args, key) for key in ("model", "optim", "nuclear_norm", "dtype")},
         "parameters": elements(shapes.parameters),
         "matrix_elements": elements(shapes.matrices),
         "second_moment_elements": elements(shapes.adaptive),
@@ -69,22 +68,17 @@ def _measure(args: argparse.Namespace) -> None:
     from hf_noneuclid.experiments.costs.measured import measure  # slow, with the engines
 
     config = load_config(args.model)
-    rows = measure(config, args.engine, args.optim, args.nuclear_norm, args.gpus_per_node)
-    ranks = int(os.environ["WORLD_SIZE"])
-    if rows:
-        report = {key: getattr(args, key) for key in ("model", "optim", "nuclear_norm")}
-        report = {"ranks": ranks, **report, "rows": rows}
-        print(json.dumps(report) if args.json else tables.measured_text(report))
+    for row in measure(config, args.engine, args.optim, args.nuclear_norm, args.gpus_per_node):
+        print(json.dumps(row))
     sys.stdout.flush()
     sys.stderr.flush()
-    if ranks > 1:
-        os._exit(0)  # CPU workers sometimes abort while the interpreter shuts down
+    os._exit(0)  # CPU workers sometimes abort while the interpreter shuts down
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="noneuclid plan", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help=f"{', '.join(MODELS)}, a folder, a config.json, or an id of the Hub")
-    parser.add_argument("--engine", choices=[*ENGINES, "all"], nargs="+", default=["all"])
+    parser.add_argument("--engine", choices=ENGINES, nargs="+", default=ENGINES)
     parser.add_argument(
         "--gpus", type=int, nargs="+", default=[8], help="numbers of GPUs; not with --measure"
     )
@@ -92,7 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="; ".join(f"{k}: {v}" for k, v in DTYPES.items())
     )
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cuda sends bfloat16")
     parser.add_argument("--optim", default="muonmax_momo", help="a method of hf_noneuclid")
     parser.add_argument("--nuclear_norm", choices=NUCLEAR_NORMS, default="exact")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -108,6 +101,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 parser.error(f"{name} {value}: give 1 or more")
     if args.measure and args.dtype not in (None, "fp32"):
         parser.error("--measure trains in float32: leave out --dtype (what is sent does not depend on it)")
-    args.engine = list(ENGINES) if "all" in args.engine else args.engine
+    if args.measure and "WORLD_SIZE" not in os.environ:
+        start = "torchrun --nproc_per_node=2 -m hf_noneuclid plan --measure"
+        parser.error(f"--measure needs the processes of torchrun: start it with `{start}`")
     args.dtype = args.dtype or ("fp32" if args.measure else "bf16")
     args.model = args.model or ("tiny" if args.measure else "llama-7b")

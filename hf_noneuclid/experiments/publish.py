@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from transformers.hf_argparser import string_to_bool
+
 from hf_noneuclid.experiments.common import ExitCode, InputError, PushError
-from hf_noneuclid.experiments.publishing.hub import Target
+from hf_noneuclid.experiments.publishing.checks import target_of
 from hf_noneuclid.experiments.publishing.model import publish_folder
 from hf_noneuclid.experiments.secrets import redact_arguments, scrub
 
@@ -31,22 +33,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Pushes; exits with 2 for bad input, with 4 if the Hub or the network failed."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parse(argv)
-    folder, name = (args.study, args.namespace) if args.study else (args.folder, args.hub_model_id)
-    target = Target(
-        name or folder.absolute().name,
-        private={"true": True, "false": False, None: None}[args.hub_private_repo],
-        revision=args.hub_revision,
-        overwrite=args.overwrite_hub_model,
-        license=args.hub_license,
-    )
+    args.hub_model_id = args.namespace if args.study else args.hub_model_id
     try:
         if args.study:
             from hf_noneuclid.experiments.publishing.study import publish_study  # imports optuna
 
             later = ["publish", *redact_arguments(argv)]
-            publish_study(folder, target, later, args.storage, args.study_name)
+            publish_study(args.study, target_of(args), later, args.storage, args.study_name)
         else:
-            publish_folder(folder, target)
+            publish_folder(args.output_dir, target_of(args))
     except (InputError, PushError) as error:
         print(f"noneuclid publish: error: {scrub(str(error))}", file=sys.stderr)
         code = ExitCode.BAD_INPUT if isinstance(error, InputError) else ExitCode.NOT_PUSHED
@@ -57,18 +52,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = _Parser("noneuclid publish", description=__doc__, formatter_class=layout, allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--folder", type=Path, help="folder of a run, with the model and metrics.json")
+    what.add_argument("--folder", dest="output_dir", type=Path, help="folder of a finished run")
     what.add_argument("--study", type=Path, help="output folder of a sweep")
     parser.add_argument("--hub_model_id", help="repository for --folder; default: the folder's name")
     parser.add_argument("--namespace", help="user or organisation for --study")
     parser.add_argument("--storage", help="storage of the study, if the sweep was given one")
     parser.add_argument("--study_name", help="name of the study, if the storage holds several")
     parser.add_argument("--hub_revision", help="branch to push to; default: main")
-    parser.add_argument("--hub_private_repo", choices=("true", "false"), help="make new repositories private")
+    parser.add_argument("--hub_private_repo", type=string_to_bool, help="make new repositories private")
     parser.add_argument("--hub_license", help="licence of the weights: apache-2.0, mit, ...")
-    parser.add_argument(
-        "--overwrite_hub_model", action="store_true", help="replace what the repository holds"
-    )
+    parser.add_argument("--overwrite_hub_model", action="store_true", help="replace what is there")
     args = parser.parse_args(argv)
     if args.study is not None and args.namespace is None:
         parser.error("--study needs --namespace, the user or organisation to push to")

@@ -1,10 +1,7 @@
 """The optimizers that ``noneuclid benchmark`` compares, all on the same parameters and gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +10,14 @@ import hf_noneuclid
 from hf_noneuclid import METHODS, methods
 from hf_noneuclid.diagnostics import FATAL_RUN
 from hf_noneuclid.experiments.common import option_pairs
-from hf_noneuclid.polar import PolarMethod
 
-GRADIENT_SCALE = 1e-2
 TORCH_CONTENDERS = ("adamw", "torch_muon")
 DEFAULT_CONTENDERS = (
     *TORCH_CONTENDERS,
     *("muon", "muonmax", "muonmax_momo", "muonmax_momo:nuclear_norm=stale"),
 )
-LR = 1e-9
-"""So small that the parameters stay the same for all contenders."""
-WEIGHT_DECAY = 0.1
-"""The same for all, so that all do the same work."""
-LOSS = 3.0
+LR = 1e-9  # so small that the parameters stay the same for all contenders
+WEIGHT_DECAY = 0.1  # the same for all, so that all do the same work
 WARM_UP_STEPS = 2
 
 
@@ -38,8 +30,6 @@ class Contender:
     step: Callable[[], object]
     note: str = ""
     """Says where the comparison is not fair."""
-    polar: tuple[PolarMethod, int] | None = None
-    """Method and number of steps of the polar factors; None if torch computes them."""
     warm_up_steps: int = WARM_UP_STEPS
     """The number of steps before a step costs what all later ones cost."""
 
@@ -48,7 +38,7 @@ def fill_gradients(model: nn.Module) -> None:
     """Gives every parameter a normally distributed gradient, the same in every run."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(1)
     for p in model.parameters():
-        p.grad = torch.empty_like(p).normal_(std=GRADIENT_SCALE, generator=generator)
+        p.grad = torch.empty_like(p).normal_(std=1e-2, generator=generator)
 
 
 def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -58,48 +48,29 @@ def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [named[route.name] for route in table.matrices]
 
 
-def matrices(model: nn.Module) -> list[Tensor]:
-    """All matrices, those of stacks one by one: views of the gradients."""
-    grads = [p.grad for p in matrix_parameters(model) if p.grad is not None]
-    return [m for grad in grads for m in grad.view(-1, *grad.shape[-2:])]
-
-
-def check(name: str) -> None:
-    """Checks that a contender can be made.
+def make(name: str, model: nn.Module) -> Contender:
+    """Makes a contender for all parameters of a model, with a state of its own.
 
     Args:
         name: ``adamw``, ``torch_muon``, or a method as ``method:option=value,option=value``.
+        model: With gradients.
 
     Raises:
         ValueError: The method or an option is unknown (the message lists the known ones), or a value is out
             of range.
     """
-    method, values = _read(name)
-    if method not in TORCH_CONTENDERS:
-        methods.resolve(method, **values)
-    elif values:
-        raise ValueError(f"contender {name}: {method} takes no options; write {method}.")
-
-
-def make(name: str, model: nn.Module) -> Contender:
-    """Makes a contender for all parameters of a model, with a state of its own.
-
-    Raises:
-        ValueError: As in ``check``.
-    """
-    check(name)
+    method, _, options = name.partition(":")
     if name == "adamw":
         return Contender(name, _adamw(model.parameters()).step)
-    return _torch_muon(name, model) if name == "torch_muon" else _ours(name, model)
-
-
-def _read(name: str) -> tuple[str, dict[str, Any]]:
-    """The method and the options in the name of a contender."""
-    method, _, text = name.partition(":")
-    if method not in TORCH_CONTENDERS and method not in methods.all_names():
+    if name == "torch_muon":
+        return _torch_muon(name, model)
+    if method not in methods.all_names():
         known = ", ".join([*TORCH_CONTENDERS, *METHODS, methods.FREE_METHOD])
-        raise ValueError(f"unknown contender {method!r}; known are {known}.")
-    return method, methods.parse_options(option_pairs(text))
+        raise ValueError(
+            f"unknown contender {name!r}; known are {known}. {' and '.join(TORCH_CONTENDERS)} take no "
+            "options."
+        )
+    return _ours(name, model, method, options)
 
 
 def _adamw(params: Iterable[Tensor]) -> torch.optim.AdamW:
@@ -114,22 +85,21 @@ def _torch_muon(name: str, model: nn.Module) -> Contender:
         torch.optim.Muon(taken, lr=LR, weight_decay=WEIGHT_DECAY),
         _adamw(p for p in model.parameters() if id(p) not in ids),
     ]
-    note = left and (
+    note = (
         f"torch.optim.Muon takes matrices only: {len(left)} stacks or convolutions with "
         f"{sum(p.numel() for p in left):,} elements are left to AdamW, so its step does less"
     )
-    return Contender(name, lambda: [optimizer.step() for optimizer in optimizers], note or "")
+    return Contender(name, lambda: [optimizer.step() for optimizer in optimizers], note if left else "")
 
 
-def _ours(name: str, model: nn.Module) -> Contender:
-    method, values = _read(name)
+def _ours(name: str, model: nn.Module, method: str, options: str) -> Contender:
+    values = methods.parse_options(option_pairs(options))
     optimizer = hf_noneuclid.create_optimizer(model, method, lr=LR, weight_decay=WEIGHT_DECAY, **values)
-    options = optimizer.param_groups[0]
-    loss = torch.tensor(LOSS, device=options["params"][0].device)
+    loss = torch.tensor(3.0, device=next(model.parameters()).device)
     # Stale norms keep all polar factors in memory until a first good step is sure to have been taken.
+    is_stale = optimizer.param_groups[0]["nuclear_norm"] == "stale"
     return Contender(
         name,
         lambda: optimizer.step(loss=loss),
-        polar=(options["polar_method"], options["polar_steps"]),
-        warm_up_steps=FATAL_RUN if options["nuclear_norm"] == "stale" else WARM_UP_STEPS,
+        warm_up_steps=FATAL_RUN if is_stale else WARM_UP_STEPS,
     )

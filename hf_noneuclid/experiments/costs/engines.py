@@ -1,4 +1,4 @@
-"""What each engine holds, keeps and sends by itself, as it documents that.
+"""What each engine holds and sends by itself, as it documents that.
 
 References:
     S. Rajbhandari, J. Rasley, O. Ruwase, Y. He, "ZeRO: Memory Optimizations Toward Training Trillion
@@ -6,11 +6,8 @@ References:
     PyTorch's documentation of DistributedDataParallel (``gradient_as_bucket_view``) and of ``fully_shard``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,49 +24,20 @@ DTYPES = {
     "pure_bf16": "weights in bfloat16; only ZeRO keeps float32 masters",
 }
 
-MODEL_STATE = {
-    "ddp": "weights, gradients and the buckets that they are reduced in: w P + 2 w P",
-    "fsdp2": "shards of weights and gradients: (w + w) P/n",
-    "hsdp": "shards of weights and gradients: (w + w) P/s",
-    "zero1": "weights, gradients, shards of float32 masters: w P + w P + 4 P/n",
-    "zero2": "weights, shards of gradients and of float32 masters: w P + (w + 4) P/n",
-    "zero3": "shards of weights, gradients and float32 masters: (w + w + 4) P/n",
-}
-
-ENGINE_SENT = {
-    "ddp": "a ring all-reduce of gradients: 2 g P (n-1)/n",
-    "fsdp2": "weights gathered forward and backward, gradients reduce-scattered: (2 x + g) P (n-1)/n",
-    "hsdp": "that within the node, and an all-reduce of the shards: (2 x + g) P (s-1)/s + 2 g P/s (r-1)/r",
-    "zero1": "gradients reduce-scattered, weights gathered: (g + x) P (n-1)/n",
-    "zero2": "gradients reduce-scattered, weights gathered: (g + x) P (n-1)/n",
-    "zero3": "weights gathered forward and backward, gradients reduce-scattered: (2 x + g) P (n-1)/n",
-}
-
 _ZERO_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor, in elements of each rank
 
 Grid = tuple[int, int]
 """(replicas, shards)."""
 
 
-class Widths(NamedTuple):
-    """Bytes of one number."""
-
-    w: int
-    """Of a weight, and of a gradient, as they are kept."""
-    x: int
-    """Of a weight as it is sent."""
-    g: int
-    """Of a gradient as it is sent."""
-
-
-def widths(engine: str, dtype: str) -> Widths:
-    """The bytes of weights and gradients; ``dtype`` is a key of ``DTYPES``."""
+def widths(engine: str, dtype: str) -> tuple[int, int, int]:
+    """Bytes of a weight or gradient that is kept, a weight that is sent, and a gradient that is sent."""
     if dtype != "bf16":
         width = 4 if dtype == "fp32" else 2
-        return Widths(width, width, width)
+        return width, width, width
     if engine == "ddp":
-        return Widths(4, 4, 4)
-    return Widths(2, 2, 2) if engine.startswith("zero") else Widths(4, 2, 2)
+        return 4, 4, 4
+    return (2, 2, 2) if engine.startswith("zero") else (4, 2, 2)
 
 
 def grid_of(engine: str, gpus: int, gpus_per_node: int) -> Grid:
@@ -100,13 +68,7 @@ def flat_partition(parameters: Sequence[LocalParameter], engine: str, shards: in
 def held_intervals(
     parameters: Sequence[LocalParameter], engine: str, shards: int
 ) -> dict[LocalParameter, list[Interval]]:
-    """The elements of each parameter that each shard holds.
-
-    Args:
-        parameters: In the order of the optimizer's groups.
-        engine: One of ``ENGINES``.
-        shards: How many there are.
-    """
+    """The elements of each parameter that each shard holds; parameters are in the optimizer's order."""
     if engine == "zero3":
         return {
             x: [flat_interval(x.elements, -(-x.elements // shards), s) for s in range(shards)]

@@ -4,8 +4,6 @@ The engines are used as they are, without the Trainer: ``DistributedDataParallel
 mesh of one or two dimensions, and ``deepspeed.initialize``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -21,7 +19,7 @@ from transformers import PretrainedConfig as Config
 from hf_noneuclid import NonEuclideanDescent, methods, one_group
 from hf_noneuclid.experiments.costs.engines import Grid, grid_of
 from hf_noneuclid.experiments.costs.models import build
-from hf_noneuclid.experiments.costs.step import Costs, elements, shapes_of
+from hf_noneuclid.experiments.costs.step import Costs, shapes_of
 
 STEPS = 3
 BATCH = (2, 8)  # rows and tokens of each GPU
@@ -53,10 +51,7 @@ def measure(
 
 
 def _join() -> torch.device:
-    """Joins the other processes, or makes a group of one if torchrun did not start this one."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**alone, "MASTER_PORT": "0"}.items():  # 0 is any free port
-        os.environ.setdefault(name, value)
+    """Joins the other processes of torchrun; returns the device of this one."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         dist.init_process_group("gloo")
@@ -81,19 +76,16 @@ def _measure_engine(
         tokens = torch.randint(config.vocab_size, BATCH, generator=generator).to(device)
         _step(wrapped, optimizer, tokens)
     sent = optimizer.diagnostics()["bytes_sent"]
-    if any(total % STEPS for total in sent.values()):
-        raise RuntimeError(f"the {STEPS} steps did not all send the same number of bytes: {sent}.")
+    predicted = costs.sent_by_collective()
+    measured = {name: sent.get(name, 0) / STEPS for name in predicted}
     place = divmod(rank, grid[1])
-    predicted = {**costs.sent_by_collective(), "state": costs.state_bytes()}
     return {
         "engine": engine,
         "rank": rank,
-        "parameters": elements(shapes.parameters),
-        "measured": {
-            **{name: sent.get(name, 0) // STEPS for name in costs.sent_by_collective()},
-            "state": _state_bytes(optimizer),
+        "measured": {**measured, "state": _state_bytes(optimizer)},
+        "predicted": {
+            name: int(by_rank[place]) for name, by_rank in {**predicted, "state": costs.state_bytes()}.items()
         },
-        "predicted": {name: int(by_rank[place]) for name, by_rank in predicted.items()},
     }
 
 

@@ -1,7 +1,5 @@
 """The models that are planned and benchmarked."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig

@@ -4,8 +4,6 @@ Buckets and owners are worked out by the package's own functions, as every rank 
 it is done for all ranks at once. Sizes are numbers of elements, arrays are indexed by (replica, shard).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -104,9 +102,8 @@ class Costs:
         partition = flat_partition(shapes.parameters, engine, grid[1])
         self.flat = self.held if partition is None else np.full(grid, partition)
         """Of the tensors that a rank steps, with the padding of flat partitions."""
-        self.owned, self.flops, self._bucket_bytes = self._zeros(), self._zeros(), self._zeros()
-        self.momentum, self.directions = self._zeros(), self._zeros()
-        self.gathered, self.broadcast = self._zeros(), self._zeros()
+        self.owned, self.flops, self._bucket_bytes = (self._zeros() for _ in range(3))
+        self.momentum, self.directions, self.gathered, self.broadcast = (self._zeros() for _ in range(4))
         steps = shapes.options.polar_steps
         for parameters, blocks in bucket_matrices(shapes.matrices, held, *grid, steps, self._workspace):
             self._add_bucket([self._intervals[x] for x in parameters], blocks)
@@ -160,7 +157,7 @@ class Costs:
         gram = sum(block.shape[0] * min(block.shape[1:]) ** 2 for block in blocks)
         return (2 * STATE_BYTES + 2 * c) * size + 2 * c * gram
 
-    def _bytes_of_bucket(self, owned: Array, here: Array, iterating: Array, shared: Array) -> Array:
+    def _bytes_of_bucket(self, owned: Array, here: Array, iterating: Array, shared: Array) -> Any:
         """Bytes that a bucket needs at its worst moment, without the polar factors that are kept."""
         c = self.direction_bytes
         copies = self.grid[1] > 1  # where nothing is sharded, momenta are used where they are
@@ -168,8 +165,7 @@ class Costs:
         gathering = STATE_BYTES * copies * (here + 2 * owned)
         polar = factors + STATE_BYTES * copies * owned + iterating
         scattering = factors + c * (2 * owned + copies * here + shared + here.sum(axis=0))
-        worst: Array = np.maximum(np.maximum(gathering, polar), scattering)
-        return worst
+        return np.maximum(np.maximum(gathering, polar), scattering)
 
     def state_bytes(self) -> Array:
         """The optimizer's state."""
@@ -198,21 +194,18 @@ class Costs:
         at_once = np.minimum(self.held, max(self._workspace // STATE_BYTES, largest))
         return np.maximum(self._bucket_bytes, 2 * STATE_BYTES * at_once - self.kept_bytes())
 
-    def all_reduce_bytes(self) -> int:
-        """Sent by each rank for the scalars of a step: a ring sends them twice, except one share."""
-        numbers = [4, units(self.shapes.parameters) + 1]  # phase 0; the dual norms and ⟨p, m⟩
-        if self.shapes.options.nuclear_norm == "stale":
-            numbers.append(units(self.shapes.matrices))
-        ranks = prod(self.grid)
-        return sum(2 * STATE_BYTES * n * (ranks - 1) // ranks for n in numbers)
-
     def sent_bytes(self) -> dict[str, Array]:
         """What each rank sends in a step, by purpose."""
+        scalars = [4, units(self.shapes.parameters) + 1]  # phase 0; the dual norms and ⟨p, m⟩
+        if self.shapes.options.nuclear_norm == "stale":
+            scalars.append(units(self.shapes.matrices))
+        ranks = prod(self.grid)  # a ring sends everything twice, except one share
+        reduced = sum(2 * STATE_BYTES * n * (ranks - 1) // ranks for n in scalars)
         return {
             "momentum": STATE_BYTES * self.momentum,
             "directions": self.direction_bytes * self.directions,
             "replicas": self.direction_bytes * self.gathered + self.broadcast,
-            "scalars": np.full(self.grid, self.all_reduce_bytes()),
+            "scalars": np.full(self.grid, reduced),
         }
 
     def sent_by_collective(self) -> dict[str, Array]:
@@ -228,7 +221,7 @@ class Costs:
 
 def memory(costs: Costs, dtype: str) -> dict[str, Array]:
     """Bytes on every rank, by purpose, without activations and what an engine gathers for a while."""
-    engine, w = costs.engine, widths(costs.engine, dtype).w
+    engine, (w, _, _) = costs.engine, widths(costs.engine, dtype)
     everything = np.full(costs.grid, elements(costs.shapes.parameters))
     master = STATE_BYTES * costs.flat * engine.startswith("zero")
     gradients = {"ddp": 2 * everything, "zero1": everything}.get(engine, costs.flat)
@@ -249,13 +242,9 @@ def plan_row(costs: Costs, dtype: str) -> dict[str, Any]:
     fullest = np.unravel_index(int(np.sum(list(held.values()), axis=0).argmax()), costs.grid)
     engine = engine_sent_bytes(costs.engine, costs.grid, elements(costs.shapes.parameters), dtype)
     step = np.sum(list(sent.values()), axis=0)
-    # L: the elements that the replicas of a shard pass on to each other, with what pads them.
-    passed_on = float(sent["replicas"].mean()) / costs.direction_bytes * replicas / max(1, replicas - 1)
     return {
         "engine": costs.engine,
         "gpus": replicas * shards,
-        "replicas": replicas,
-        "shards": shards,
         "memory_bytes": {key: int(value[fullest]) for key, value in held.items()},
         "sent_bytes": {key: _mean_and_max(value) for key, value in {**sent, "sum": step}.items()},
         "engine_sent_bytes": engine,
@@ -265,10 +254,6 @@ def plan_row(costs: Costs, dtype: str) -> dict[str, Any]:
             "imbalance": float(costs.flops.max() / costs.flops.mean()),
         },
         "idle_ranks": int((costs.owned == 0).sum()),
-        "widths": widths(costs.engine, dtype)._asdict(),
-        "at_home": elements(costs.shapes.matrices) - int(costs.momentum.sum()),
-        "handed_on": passed_on,
-        "direction_bytes": costs.direction_bytes,
     }
 
 

@@ -27,12 +27,7 @@ METRICS |= {"eval_loss": "loss", "macro_f1": "f1"}
 
 
 def write_card(folder: Path, target: Target, comparison: str = "") -> None:
-    """Writes README.md, the card of a run, into its folder.
-
-    Args:
-        folder: Folder of the run.
-        target: Repository in which the card will stand.
-        comparison: Markdown that compares the run with others.
+    """Writes README.md, the card of a run, into its folder; ``comparison`` is Markdown to add.
 
     Raises:
         InputError: The folder holds no finished run.
@@ -46,14 +41,12 @@ def write_card(folder: Path, target: Target, comparison: str = "") -> None:
         _metadata(facts, target),
         template_path=str(HERE / "model_card.md"),
         repository=target,
+        facts=facts,
         metrics=metrics,
         start=_start(metrics.get("base_model")),
         results=_results(facts),
         comparison=comparison,
         method=_table("setting", "value", facts.method(), code=True),
-        optimizer=facts.optimizer,
-        task=facts.task,
-        is_adapter=facts.is_adapter,
         data=_data(facts),
         command=shlex.join(["python", recipe, *metrics.get("command", [])]),
         config=yaml.safe_dump(config).strip() if config else "",
@@ -77,7 +70,7 @@ def _metadata(facts: RunFacts, target: Target) -> ModelCardData:
             metric_name=name,
             metric_value=value,
         )
-        for name, value in facts.results().items()
+        for name, value in facts.results.items()
         if name in METRICS
     ]
     return ModelCardData(
@@ -113,7 +106,7 @@ def _start(base: Mapping[str, Any] | None) -> str:
 
 def _results(facts: RunFacts) -> str:
     head, before = ["result", "value"], facts.metrics.get("before")
-    rows = [[name, _number(value)] for name, value in facts.results().items()]
+    rows = [[name, _number(value)] for name, value in facts.results.items()]
     if before:  # of a fine-tuning; there, eval_loss is called loss
         head = ["result", "before", "after"]
         rows = [[name, _number(before.get(name.removeprefix("eval_"))), after] for name, after in rows]
@@ -140,6 +133,4 @@ def _cell(value: Any) -> str:
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+    return "" if value is None else f"{value:.6g}"

@@ -1,6 +1,7 @@
 """What must hold on the Hub before anything is trained for it or pushed to it."""
 
 import hashlib
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -31,8 +32,8 @@ def check_hub(args: TrainingArguments) -> None:
     args.hub_model_id = make_ready(target_of(args), resumed).repo_id
 
 
-def target_of(args: TrainingArguments) -> Target:
-    """The repository that a recipe's arguments name; without a name it is called like the output folder."""
+def target_of(args: TrainingArguments | Namespace) -> Target:
+    """The repository that the arguments name; without a name it is called like the output folder."""
     return Target(
         args.hub_model_id or Path(args.output_dir).absolute().name,
         private=args.hub_private_repo,

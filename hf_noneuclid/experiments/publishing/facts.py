@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,17 @@ from hf_noneuclid.experiments.publishing.hub import WEIGHTS
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.methods import DEFAULT_MATRIX_LR_SCALE, canonical_name, parse_options, resolve
 
-# What metrics.json holds beside results. "after" repeats results, and "before" has a column of its own.
-NO_RESULTS = {
-    *("seconds", "steps", "tokens", "parameters", "trained_parameters", "diverged_at", "best_eval_step"),
-    *("corpus", "hardware", "versions", "options", "config", "before", "after", "base_model"),
-}
+# Numbers of metrics.json that are not results.
+COUNTS = {"seconds", "steps", "tokens", "parameters", "trained_parameters", "diverged_at", "best_eval_step"}
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A finished run.
-
-    Attributes:
-        folder: Folder of the run.
-        metrics: What its metrics.json holds, without secrets.
-    """
+    """A finished run."""
 
     folder: Path
     metrics: Mapping[str, Any]
+    """What its metrics.json holds, without secrets."""
 
     @classmethod
     def read(cls, folder: Path) -> "RunFacts":
@@ -39,11 +32,10 @@ class RunFacts:
         Raises:
             InputError: It holds no finished run with a model.
         """
-        path = folder / "metrics.json"
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{folder} holds no finished run: {path} cannot be read ({error})") from error
+            raise InputError(f"{folder} holds no finished run (metrics.json: {error})") from error
         if metrics.get("diverged"):
             raise InputError(f"{folder}: the run diverged, so its model is not pushed")
         if not has_model(folder):
@@ -68,11 +60,7 @@ class RunFacts:
     @property
     def task(self) -> str:
         """The Hub's name of what the model does."""
-        path = self.folder / ("adapter_config.json" if self.is_adapter else "config.json")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kinds = f"{config.get('task_type')} {config.get('architectures')}"
-        is_classifier = "SEQ_CLS" in kinds or "ForSequenceClassification" in kinds
-        return "text-classification" if is_classifier else "text-generation"
+        return "text-classification" if "classes" in self.metrics else "text-generation"
 
     @property
     def hub_base(self) -> str | None:
@@ -80,9 +68,11 @@ class RunFacts:
         base = self.metrics.get("base_model")
         return base["name"] if base and base["on_hub"] else None
 
+    @property
     def results(self) -> dict[str, float]:
-        """Every number that is a result, by its place in metrics.json."""
-        return dict(_numbers(self.metrics))
+        """Every number that is a result."""
+        metrics = self.metrics.items()
+        return {key: value for key, value in metrics if type(value) in (int, float) and key not in COUNTS}
 
     def method(self) -> dict[str, Any]:
         """The method with the value of every option; empty for an optimizer that is not of this package."""
@@ -103,11 +93,3 @@ class RunFacts:
 def has_model(folder: Path) -> bool:
     """Whether a folder holds weights that ``from_pretrained`` can load."""
     return any(path for pattern in WEIGHTS for path in folder.glob(pattern))
-
-
-def _numbers(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and key not in NO_RESULTS:
-            yield from _numbers(value, f"{place}{key} / ")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and key not in NO_RESULTS:
-            yield place + key, value

@@ -24,23 +24,18 @@ REPLACED = (*WEIGHTS, "model.safetensors.index.json", "adapter_*")
 
 @dataclass(frozen=True)
 class Target:
-    """A repository on the Hub, and how it is pushed to.
-
-    Attributes:
-        repo_id: ``namespace/name``; without a namespace the user's own.
-        kind: ``model`` or ``dataset``.
-        private: Whether a repository that the push makes is private; None for the namespace's default.
-        revision: Branch, made if there is none; None for main.
-        overwrite: Replace whatever the repository holds.
-        license: Licence of what is pushed, as the Hub writes it; None if nobody has chosen one.
-    """
+    """A repository on the Hub, and how it is pushed to."""
 
     repo_id: str
-    kind: str = "model"
+    """``namespace/name``; without a namespace the user's own."""
+    kind: str = "model"  # or "dataset"
     private: bool | None = None
+    """Whether a repository that the push makes is private; None for the namespace's default."""
     revision: str | None = None
-    overwrite: bool = False
+    """A branch, made if there is none; None for main."""
+    overwrite: bool = False  # whatever the repository holds
     license: str | None = None
+    """Licence of what is pushed, as the Hub writes it."""
 
     @property
     def where(self) -> dict[str, Any]:
@@ -63,13 +58,8 @@ def reason(error: BaseException) -> str:
 def upload(folder: Path, target: Target, message: str, later: Sequence[str]) -> None:
     """Pushes a folder, and deletes the weights that its repository holds under other names.
 
-    The repository must be there already. Files that it has already are not sent again.
-
-    Args:
-        folder: What to push. Checkpoints and files that begin with ``.`` or ``_`` are left out.
-        target: Where to.
-        message: Summary of the commit.
-        later: Arguments of ``noneuclid`` that push the same another time.
+    The repository must be there already, and files that it has are not sent again. Checkpoints and files that
+    begin with ``.`` or ``_`` are left out. ``later`` are arguments of ``noneuclid`` that push another time.
 
     Raises:
         PushError: The Hub or the network failed. The message has the command for later.

@@ -19,10 +19,6 @@ def push(folder: Path, args: TrainingArguments) -> None:
     Call it when everything is written and no other process waits for this one: an upload takes long. A run
     that diverged is not pushed, and a message says so.
 
-    Args:
-        folder: Holds the model, metrics.json and curves.png.
-        args: Arguments of the recipe, after ``check_hub``.
-
     Raises:
         PushError: The Hub or the network failed. The message has the command for later.
     """
@@ -53,11 +49,8 @@ def publish_folder(folder: Path, target: Target) -> None:
 def push_run(folder: Path, target: Target, comparison: str = "", later: Sequence[str] | None = None) -> None:
     """Writes the card of a run, and pushes its folder to a repository that is there already.
 
-    Args:
-        folder: Holds the model and metrics.json.
-        target: Where to.
-        comparison: Markdown for the card that compares the run with others.
-        later: Arguments of ``noneuclid`` that push it another time; by default those for this folder.
+    ``comparison`` is Markdown to add to the card. ``later`` are the arguments of ``noneuclid`` that push it
+    another time; by default those for this folder.
 
     Raises:
         InputError: The folder holds no finished run, or the run diverged.

@@ -38,7 +38,7 @@ def publish_study(
 
     Args:
         folder: Output folder of the sweep, with the models.
-        namespace: Its ``repo_id`` is the user or organisation; the rest holds for every repository.
+        namespace: Names the user or organisation; the rest holds for every repository.
         later: Arguments of ``noneuclid`` that push what is missing after a failure.
         storage: Where the trials are; by default in the folder.
         name: Name of the study, if the storage holds several.
@@ -49,7 +49,8 @@ def publish_study(
     """
     study = open_study(storage or default_storage(folder), name)
     suite, found = suite_of(study), results(study)
-    summary, verdict = _report(suite, found, folder / "report")
+    report(suite, found, folder / "report")
+    summary, curves = summarise(suite, found)
     best = _best_runs(summary, found)
     folders = {method: run_folder(folder, result.run) for method, (result, _) in best.items()}
     _check_models(suite, best, folders)
@@ -57,7 +58,11 @@ def publish_study(
     prefix = f"{namespace.repo_id}/{suite.name}"
     targets = {method: replace(namespace, repo_id=f"{prefix}-{method}") for method in best}
     dataset = replace(namespace, repo_id=f"{prefix}-runs", kind="dataset")
-    text = {"about": suite.about, "models": _model_table(best, targets), "verdict": verdict}
+    text = {
+        "about": suite.about,
+        "models": _model_table(best, targets),
+        "verdict": paper_section(suite.report, curves),
+    }
     staged = folder / "hub"
     _write_runs(staged, folder, summary, found)
     _write_card(staged, dataset, suite, text)
@@ -66,16 +71,9 @@ def publish_study(
         make_ready(target, folders[method])
     make_ready(dataset, staged)
     for method, target in targets.items():
-        comparison = _comparison(summary, method, best[method][0], dataset, text)
+        comparison = _comparison(summary, best[method][0], dataset, text)
         push_run(folders[method], target, comparison, later)
     upload(staged, dataset, "Push all runs", later)
-
-
-def _report(suite: Suite, found: Sequence[Result], folder: Path) -> tuple[Mapping[str, Any], str]:
-    """Writes the report, and returns its numbers and the Markdown that compares the runs with the paper's."""
-    report(suite, found, folder)
-    summary, curves = summarise(suite, found)
-    return summary, paper_section(suite.report, curves)
 
 
 def _best_runs(summary: Mapping[str, Any], found: Sequence[Result]) -> Best:
@@ -108,23 +106,18 @@ def _check_models(suite: Suite, best: Best, folders: Mapping[str, Path]) -> None
 
 
 def _write_runs(staged: Path, study: Path, summary: Mapping[str, Any], found: Sequence[Result]) -> None:
-    """Writes all runs, with their logs and curves and the report, into an empty folder."""
+    """Writes all runs, with their logs and the report, into an empty folder."""
     shutil.rmtree(staged, ignore_errors=True)
     shutil.copytree(study / "report", staged / "report")
-    (staged / "curves").mkdir()
     rows, logs = [], []
-    names = dict.fromkeys(key for result in found for entry in result.history for key in entry)
+    keys = dict.fromkeys(key for result in found for entry in result.history for key in entry)
     for result, row in zip(found, summary["runs"], strict=True):
-        folder = run_folder(study, result.run)
+        name = run_folder(study, result.run).name
         # What has other keys in other runs becomes text, so that every column has one type.
         values = {**row, "metrics": scrub(result.metrics)}
         texts = {key: json.dumps(value) for key, value in values.items() if isinstance(value, dict)}
-        rows.append({"run": folder.name, **values, **texts})
-        logs += [
-            {"run": folder.name, **{name: entry.get(name) for name in names}} for entry in result.history
-        ]
-        if (folder / "curves.png").is_file():
-            shutil.copy(folder / "curves.png", staged / "curves" / f"{folder.name}.png")
+        rows.append({"run": name, **values, **texts})
+        logs += [{"run": name, **{key: entry.get(key) for key in keys}} for entry in result.history]
     _write_rows(staged / "runs.jsonl", rows)
     _write_rows(staged / "history.jsonl", logs)
 
@@ -157,16 +150,14 @@ def _write_card(staged: Path, target: Target, suite: Suite, text: Mapping[str, s
     card.save(staged / "README.md")
 
 
-def _comparison(
-    summary: Mapping[str, Any], method: str, result: Result, dataset: Target, text: Mapping[str, str]
-) -> str:
+def _comparison(summary: Mapping[str, Any], result: Result, dataset: Target, text: Mapping[str, str]) -> str:
     """Markdown that compares a model with the others of its suite."""
-    missing = summary["ran"]["missing"]
+    missing, run = summary["ran"]["missing"], result.run
     parts = [
         f"## In the suite {summary['suite']['name']}",
         text["about"],
-        f"This is the best run of `{method}`: learning rate {rate(result.run.learning_rate)}, seed "
-        f"{result.run.seed}, final loss {result.loss:.4f} nats. All runs: {_link(dataset, dataset.repo_id)}.",
+        f"This is the best run of `{run.method}`: learning rate {rate(run.learning_rate)}, seed {run.seed}, "
+        f"final loss {result.loss:.4f} nats. All runs: {_link(dataset, dataset.repo_id)}.",
         f"**The suite is unfinished: {missing} runs are missing.**" if missing else "",
         text["models"],
         text["verdict"].replace("## ", "### "),
