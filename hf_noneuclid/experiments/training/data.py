@@ -66,22 +66,17 @@ def load_corpus(args: DataArguments, seed: int) -> Corpus:
 
 def _documents(args: DataArguments, seed: int) -> Corpus:
     train = _load_texts(args, args.train_split)
-    count = args.validation_documents
     if args.validation_split:
         validation = _load_texts(args, args.validation_split)
-    elif args.streaming:
-        validation, train = train.take(count), train.skip(count)
-    elif count < len(train):
-        validation, train = train.select(range(count)), train.select(range(count, len(train)))
     else:
-        raise InputError(
-            f"dataset {args.dataset_name}, split {args.train_split} has {len(train)} documents: "
-            f"--validation_documents {count} leaves none to train on"
-        )
+        count = args.validation_documents
+        has_more = args.streaming or count < len(train)
+        require(has_more, f"{args.title}: --validation_documents {count} leaves none to train on")
+        validation, train = train.take(count), train.skip(count)
     if args.streaming and args.shuffle_buffer:
         train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
-    kept, held_out = Documents(train, args.text_column), Documents(validation, args.text_column)
-    return Corpus(args.title, kept, held_out, train.info.license or None)
+    parts = (Documents(rows, args.text_column) for rows in (train, validation))
+    return Corpus(args.title, *parts, train.info.license or None)
 
 
 def _load_texts(args: DataArguments, split: str) -> Any:
