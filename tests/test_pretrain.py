@@ -496,7 +496,6 @@ def test_a_folder_that_holds_another_run(tmp_path, capsys, text_file):
         (["--optim=adamw_bnb_8bit"], "bitsandbytes"),
         (["--optim=galore_adamw", "--optim_target_modules=c_attn"], "galore_torch"),
         (["--report_to=scroll"], "scroll is not supported"),
-        (["--report_to=swanlab"], "--report_to swanlab: it is not installed"),
         (["--learning_rates=3"], "unknown arguments: --learning_rates=3"),
         (["--learning_rate=fast"], "--learning_rate"),
         (["--global_batch_size=16"], "4 (per_device_train_batch_size) x 1 (gradient_accumulation_steps) x 1"),
@@ -527,10 +526,6 @@ def without_packages(monkeypatch):
     """As where no optional package is installed."""
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: False)
-    monkeypatch.setattr(
-        "hf_noneuclid.experiments.training.options.get_available_reporting_integrations",
-        lambda: ["tensorboard"],
-    )
 
 
 def test_an_output_folder_under_a_file(tmp_path, capsys, text_file):

@@ -5,6 +5,7 @@ Importing this module is quick; torch and matplotlib are not imported with it.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import platform
@@ -52,6 +53,14 @@ def recipes_folder() -> Path:
     package = Path(__file__).parents[1]
     beside = package.parent / "recipes"
     return beside if (beside / "suites").is_dir() else package / "recipes"
+
+
+def package_folder(name: str, hint: str) -> Path:
+    """The folder of an installed package, which is not imported; the hint ends the message where it lacks."""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise InputError(f"there is no package {name}: {hint}")
+    return Path(found.origin).parent
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

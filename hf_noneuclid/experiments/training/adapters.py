@@ -10,17 +10,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import HubStrategy
 
 from hf_noneuclid.experiments.common import require
-from hf_noneuclid.experiments.training.arguments import ALL_LINEAR, PretrainedArguments
+from hf_noneuclid.experiments.training.arguments import PretrainedArguments
 from hf_noneuclid.experiments.training.options import RecipeArguments
 
+ALL_LINEAR = "all-linear"
 HEADS = ("classifier", "score")  # peft's names of what is trained whole in a classifier
 
 
 def check_adapter(model_args: PretrainedArguments, base: dict[str, Any], args: RecipeArguments) -> None:
-    """Raises InputError if an adapter would be pushed whose model is not on the Hub.
-
-    If it is merged at the end, its checkpoints are not pushed: ``args.hub_strategy`` becomes ``end``.
-    """
+    """Refuses to push an adapter whose model is not on the Hub; of a merged one, only the end is pushed."""
     if not (args.push_to_hub and model_args.lora_rank) or (base["on_hub"] and not base["gguf_file"]):
         return
     require(
@@ -37,14 +35,9 @@ def add_adapters(
     """Freezes the model and puts LoRA adapters beside its layers; the head of a classifier is trained whole.
 
     So are the ``new`` modules that the checkpoint lacks: nobody else has them, and they are saved whole.
-
-    Raises:
-        InputError: A target matches no layer; the message names those that could be meant.
     """
-    targets = args.lora_target_modules
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    }
+    targets = args.lora_target_modules or [ALL_LINEAR]
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
     for target in targets:
         is_found = target == ALL_LINEAR or any(f".{name}".endswith(f".{target}") for name in layers)
         known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))

@@ -1,15 +1,12 @@
 """The arguments of the recipes that name a model and its data."""
 
-import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hf_noneuclid.experiments.common import InputError, require
+from hf_noneuclid.experiments.common import InputError, package_folder, require
 
 DEFAULT_MODEL = "outputs/pretrain"
-ALL_LINEAR = "all-linear"
-EMBEDDED_CLASSES = ("library", "domain")
 COUNTS = ("block_size", "eval_blocks", "max_validation_blocks", "max_train_rows", "validation_documents")
 
 
@@ -43,10 +40,8 @@ class ModelArguments:
         require(len(given) < 2, f"{' and '.join(given)} each name a model: give one of them")
         if self.model_name_or_path and self.config_overrides:
             raise InputError("--config_overrides is for a model from scratch, not for --model_name_or_path")
-        if self.vocab_size < 257:
-            raise InputError(
-                f"--vocab_size {self.vocab_size}: 256 bytes and the end of text need at least 257"
-            )
+        too_small = f"--vocab_size {self.vocab_size}: 256 bytes and the end of text need at least 257"
+        require(self.vocab_size > 256, too_small)
 
     @property
     def base(self) -> dict[str, Any] | None:
@@ -68,9 +63,8 @@ class PretrainedArguments:
     lora_rank: int = option(0, "Rank of LoRA adapters; 0 trains all weights.")
     lora_alpha: float | None = option(None, "Adapters are scaled by alpha / rank. Default: twice the rank.")
     lora_dropout: float = option(0.0, "Dropout before the adapters.")
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: [ALL_LINEAR],
-        metadata={"help": "Layers with adapters, such as q_proj v_proj. Default: every linear layer."},
+    lora_target_modules: list[str] | None = option(
+        None, "Layers with adapters, such as q_proj v_proj. Default: every linear layer."
     )
     lora_merge: bool = option(False, "Save the whole model with merged adapters. Always so for a GGUF file.")
 
@@ -79,19 +73,15 @@ class PretrainedArguments:
             raise InputError("--model_name_or_path and --model_package each name a model: give one of them")
         require(self.lora_rank >= 0, f"--lora_rank must not be negative, not {self.lora_rank}")
         require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in [0, 1), not {self.lora_dropout}")
-        if self.lora_alpha is not None:
-            require(self.lora_alpha > 0, f"--lora_alpha must be above 0, not {self.lora_alpha}")
-        require(self.lora_target_modules, "--lora_target_modules names no layer")
+        is_scale = self.lora_alpha is None or self.lora_alpha > 0
+        require(is_scale, f"--lora_alpha must be above 0, not {self.lora_alpha}")
 
     @property
     def path(self) -> str:
         """The folder or Hub name of the checkpoint."""
         if not self.model_package:
             return self.model_name_or_path or DEFAULT_MODEL
-        package = importlib.util.find_spec(self.model_package)
-        if package is None or package.origin is None:
-            raise InputError(f"--model_package {self.model_package}: no such package is installed")
-        return str(Path(package.origin).parent)
+        return str(package_folder(self.model_package, "install it, or give another --model_package"))
 
     @property
     def base(self) -> dict[str, Any]:
@@ -126,11 +116,8 @@ class SourceArguments:
     train_split: str = option("train", "Split to train on; train[:10%%] is allowed.")
     validation_split: str | None = option(None, "Split to evaluate on. Default: a part of the train split.")
     text_column: str = option("text", "Column that holds the text.")
-    train_files: list[str] | None = field(
-        default=None,
-        metadata={"help": "Files to train on: UTF-8 text; for fine-tuning rows: json, jsonl, csv or txt."},
-    )
-    validation_files: list[str] | None = field(default=None, metadata={"help": "Files to evaluate on."})
+    train_files: list[str] | None = option(None, "Files: UTF-8 text; to fine-tune: json, jsonl, csv or txt.")
+    validation_files: list[str] | None = option(None, "Files to evaluate on.")
     block_size: int = option(256, "Largest number of tokens in a sequence.")
     eval_blocks: int = option(32, "Validation sequences, evenly spread, evaluated while training.")
     max_validation_blocks: int | None = option(None, "Evaluate on at most this many sequences.")
@@ -173,8 +160,7 @@ class DataArguments(SourceArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.dataset_name or not self.streaming, "--streaming needs --dataset_name")
-        if self.shuffle_buffer < 0:
-            raise InputError(f"--shuffle_buffer must not be negative, not {self.shuffle_buffer}")
+        require(self.shuffle_buffer >= 0, f"--shuffle_buffer must not be negative, not {self.shuffle_buffer}")
 
 
 @dataclass
@@ -186,34 +172,27 @@ class RowArguments(SourceArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.validation_share < 1.0:
-            raise InputError(f"--validation_share must lie between 0 and 1, not {self.validation_share}")
+        is_share = 0.0 < self.validation_share < 1.0
+        require(is_share, f"--validation_share must lie between 0 and 1, not {self.validation_share}")
 
 
 @dataclass
 class FinetuneDataArguments(RowArguments):
     """The rows for a language model; by default docstrings of torch and transformers."""
 
-    task: str | None = option(None, "causal_lm. With neither task nor data: the default run, both steps.")
+    task: Literal["causal_lm"] | None = option(
+        None, "With neither task nor data: the default run, both steps. For classes run classify.py."
+    )
     prompt_column: str | None = option(None, "Column of prompts; only the responses are trained on.")
     response_column: str | None = option(None, "Column of responses.")
-    old_domain_files: list[str] | None = field(
-        default=None, metadata={"help": "Text files of what the model knew before, to see what it forgets."}
-    )
+    old_domain_files: list[str] | None = option(None, "Texts of what the model knew, to see what it forgets.")
     packing: bool = option(True, "Fill sequences with several texts or examples.")
 
     def __post_init__(self) -> None:
-        known = self.task in (None, "causal_lm")
-        require(
-            known,
-            f"unknown --task {self.task!r}: it is causal_lm; for classification run recipes/classify.py",
-        )
         super().__post_init__()
         if (self.prompt_column is None) != (self.response_column is None):
             raise InputError("--prompt_column and --response_column belong together: give both")
-        require(
-            self.block_size > 1, "--block_size 1 leaves nothing to predict: give at least 2, better hundreds"
-        )
+        require(self.block_size > 1, "--block_size 1 leaves nothing to predict: give hundreds of tokens")
 
     @property
     def columns(self) -> dict[str, str]:
@@ -231,13 +210,7 @@ class ClassifyDataArguments(RowArguments):
     """
 
     label_column: str = option("label", "Column of classes.")
-    embedded_classes: str = option("library", "Of the embedded texts: library or domain (docstring, verse).")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.embedded_classes not in EMBEDDED_CLASSES:
-            known = ", ".join(EMBEDDED_CLASSES)
-            raise InputError(f"unknown --embedded_classes {self.embedded_classes!r}: it is one of {known}")
+    embedded_classes: Literal["library", "domain"] = option("library", "Of the embedded texts.")
 
     @property
     def columns(self) -> dict[str, str]:

@@ -9,8 +9,12 @@ from typing import Any
 import datasets
 import torch
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
 
 from hf_noneuclid.experiments.common import InputError, require
 from hf_noneuclid.experiments.training.arguments import DataArguments, FinetuneDataArguments
@@ -38,11 +42,10 @@ def encode(
     args: FinetuneDataArguments,
     limit: int | None = None,
 ) -> Blocks:
-    """Makes sequences of at most ``--block_size`` tokens.
+    """Makes sequences of at most ``--block_size`` tokens, and at most ``limit`` of them.
 
     Packed texts follow each other and may span sequences, as in pre-training. Packed examples stay whole, and
-    none sees another: the positions of each start from 0, which tells transformers where it begins. At most
-    ``limit`` sequences are returned.
+    none sees another: the positions of each start from 0, which tells transformers where it begins.
     """
     columns = [list(rows[column]) for column in args.columns.values()]
     if args.prompt_column is None:
@@ -54,14 +57,19 @@ def encode(
         examples = [Example(start + ids + end, 1) for ids in _tokens(texts, tokenizer)]
     else:
         examples = _of_pairs(columns[0], columns[1], tokenizer)
-    examples = _cut(examples, args.block_size)
-    require(examples, "no row is left to train on or to evaluate: see the warnings above")
+    longer = sum(len(example.ids) > args.block_size for example in examples)
+    cut = f"longer than --block_size {args.block_size} tokens and are cut"
+    warn(longer, f"of {len(examples)} sequences are {cut}")
+    kept = [Example(example.ids[: args.block_size], example.given) for example in examples]
+    kept = [example for example in kept if len(example.ids) > example.given]
+    warn(len(examples) - len(kept), "have no token left to learn and are left out")
+    require(kept, "no row is left to train on or to evaluate: see the warnings above")
     if args.packing:
-        sequences = pack_examples(examples, args.block_size, tokenizer.eos_token_id)
+        sequences = pack_examples(kept, args.block_size, tokenizer.eos_token_id)
     else:
-        sequences = [{"input_ids": example.ids, "labels": example.labels()} for example in examples]
+        sequences = [{"input_ids": example.ids, "labels": example.labels()} for example in kept]
     digest = hashlib.sha256(repr(columns).encode()).hexdigest()
-    tokens = sum(len(example.ids) for example in examples)
+    tokens = sum(len(example.ids) for example in kept)
     return Blocks(datasets.Dataset.from_list(sequences[:limit]), tokens, sha256=digest)
 
 
@@ -71,14 +79,15 @@ def encode_old_domain(args: FinetuneDataArguments, tokenizer: PreTrainedTokenize
     if not files and not args.embedded:
         return None
     corpus = load_corpus(DataArguments(train_files=files, validation_files=files), seed=0)
-    limit = args.max_validation_blocks or OLD_DOMAIN_BLOCKS
-    return pack(corpus.validation, tokenizer, args.block_size, limit)
+    return pack(
+        corpus.validation, tokenizer, args.block_size, args.max_validation_blocks or OLD_DOMAIN_BLOCKS
+    )
 
 
 def first_prompt(rows: Corpus, args: FinetuneDataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first prompt of the validation part, or the beginning of its first text."""
     if args.prompt_column is None:
-        text = next((text for text in rows.validation[args.text_column] if text), "")
+        text = next(filter(None, rows.validation[args.text_column]), "")
         return str(tokenizer.decode(_tokens([text], tokenizer)[0][:8]))
     prompt = render(rows.validation[0][args.prompt_column] or "", "", tokenizer)[0]
     # A chat template may write what the tokenizer puts before every text by itself.
@@ -98,22 +107,19 @@ def _of_pairs(
     # Tokenized one by one: no token may span the border, as none does when the model is asked.
     asked = _tokens([prompt for prompt, _ in written], tokenizer)
     answered = _tokens([response for _, response in written], tokenizer)
-    if tokenizer.chat_template:  # which writes beginning and end itself
-        start, answered = [], _ended(answered, tokenizer)
+    if tokenizer.chat_template:  # which writes the beginning itself, and mostly the end
+        start, marks = [], {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        endless = [marks.isdisjoint(ids) for ids in answered]
+        added = f"{tokenizer.eos_token} is put after each"
+        warn(sum(endless), f"responses have no end in the chat template: {added}")
+        end = [tokenizer.eos_token_id]
+        answered = [ids + end * is_open for ids, is_open in zip(answered, endless, strict=True)]
     else:
         start, answered = opening(tokenizer), [[*ids, tokenizer.eos_token_id] for ids in answered]
     return [
         Example(start + given + learnt, max(1, len(start + given)))
         for given, learnt in zip(asked, answered, strict=True)
     ]
-
-
-def _ended(responses: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Puts the end of text after responses that the chat template ends with no token of its own."""
-    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    endless = [marks.isdisjoint(ids) for ids in responses]
-    warn(sum(endless), f"responses have no end in the chat template: {tokenizer.eos_token} is put after each")
-    return [ids + [tokenizer.eos_token_id] * open_ for ids, open_ in zip(responses, endless, strict=True)]
 
 
 def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -141,16 +147,6 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _cut(examples: list[Example], block_size: int) -> list[Example]:
-    """Cuts sequences to the block size, and leaves out those with nothing left to learn."""
-    longer = sum(len(example.ids) > block_size for example in examples)
-    warn(longer, f"of {len(examples)} sequences are longer than --block_size {block_size} tokens and are cut")
-    kept = [Example(example.ids[:block_size], example.given) for example in examples]
-    kept = [example for example in kept if len(example.ids) > example.given]
-    warn(len(examples) - len(kept), "have no token left to learn and are left out")
-    return kept
-
-
 # ---------------------------------------------------------------- batches
 
 
@@ -160,42 +156,34 @@ def pack_examples(examples: Iterable[Example], block_size: int, filler: int) -> 
     room = block_size
     for example in examples:
         if len(example.ids) > room:
+            sequences[-1].append(Example([filler] * room, room))
             sequences.append([])
             room = block_size
         sequences[-1].append(example)
         room -= len(example.ids)
-    return [_join(sequence, block_size, filler) for sequence in sequences if sequence]
-
-
-def _join(examples: list[Example], block_size: int, filler: int) -> dict[str, list[int]]:
-    rest = block_size - sum(len(example.ids) for example in examples)
-    parts = [*examples, Example([filler] * rest, rest)]
-    return {
-        "input_ids": [token for part in parts for token in part.ids],
-        "labels": [label for part in parts for label in part.labels()],
-        "position_ids": [position for part in parts for position in range(len(part.ids))],
-    }
+    sequences[-1].append(Example([filler] * room, room))
+    return [
+        {
+            "input_ids": [token for example in sequence for token in example.ids],
+            "labels": [label for example in sequence for label in example.labels()],
+            "position_ids": [position for example in sequence for position in range(len(example.ids))],
+        }
+        for sequence in sequences
+    ]
 
 
 @dataclass(frozen=True)
 class Collator:
     """Makes a batch of sequences; shorter ones are filled up, and the filling is masked."""
 
-    filler: int
+    tokenizer: PreTrainedTokenizerBase
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
         if "labels" not in rows[0]:  # packed texts
             return collate(rows)
-        columns = {key: [torch.tensor(row[key]) for row in rows] for key in rows[0]}
-        fillers = {"input_ids": self.filler, "labels": IGNORED, "position_ids": 0}
-        batch = {
-            key: pad_sequence(values, batch_first=True, padding_value=fillers[key])
-            for key, values in columns.items()
-        }
-        if "position_ids" not in batch:  # a mask would hide from transformers that examples are packed
-            lengths = [torch.ones(len(ids), dtype=torch.long) for ids in columns["input_ids"]]
-            batch["attention_mask"] = pad_sequence(lengths, batch_first=True)
-        return batch
+        if "position_ids" in rows[0]:  # a mask would hide from transformers that examples are packed
+            return default_data_collator(rows)
+        return DataCollatorForSeq2Seq(self.tokenizer)(rows)
 
 
 # ---------------------------------------------------------------- the loss
@@ -204,8 +192,7 @@ class Collator:
 def summed_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
     """The sum of the losses and the number of tokens learnt of each sequence, of shape (batch, 2).
 
-    The Trainer keeps only these of the logits. Its own evaluation loss is a mean over batches, whatever the
-    number of tokens in them, so that it depends on the number of devices.
+    The Trainer's own evaluation loss is a mean over batches, so that it depends on the number of devices.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     targets = labels[:, 1:]

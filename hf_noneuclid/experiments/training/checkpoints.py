@@ -29,10 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any] | None:
-    """The Trainer's state of a checkpoint, None if it was not written to the end.
-
-    The Trainer writes this file last, and a run may be killed in the middle of a save.
-    """
+    """The Trainer's state, which it writes last, of a checkpoint; None where a kill cut the save off."""
     try:
         state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -59,19 +56,22 @@ def delete_run(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def check_is_folder(folder: Path) -> None:
-    """Raises InputError if an output folder is a file, or under one."""
+def check_folder(folder: Path, is_free: object) -> None:
+    """Raises InputError if an output folder is a file, or holds another run and is not to be replaced."""
     file = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
     require(file is None, f"--output_dir {folder}: {file} is a file; give another folder")
+    found = [] if is_free else run_files(folder)
+    if found:
+        raise InputError(
+            f"--output_dir {folder} holds another run ({found[0].name}). Go on with it: "
+            f"--resume_from_checkpoint true; replace it: --overwrite_output_dir; or give another folder"
+        )
 
 
 def find_checkpoint(args: RecipeArguments) -> str | None:
     """The checkpoint to resume from, None to start anew; nothing is written.
 
     The first process looks, and all take what it found: a file system may show some processes less.
-
-    Raises:
-        InputError: There is no such checkpoint, or the output folder holds another run.
     """
     if args.world_size == 1:
         return _find(args)
@@ -86,56 +86,41 @@ def find_checkpoint(args: RecipeArguments) -> str | None:
     checkpoint: str | InputError | None = broadcast_object_list(found)[0]
     if isinstance(checkpoint, InputError):
         raise checkpoint
-    if checkpoint is not None and read_state(Path(checkpoint)) is None:
-        raise InputError(f"process {args.process_index} cannot read {checkpoint}: all need the same folder")
     return checkpoint
 
 
 def _find(args: RecipeArguments) -> str | None:
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    check_is_folder(folder)
-    if wanted and args.overwrite_output_dir:
+    if not wanted:
+        check_folder(folder, args.overwrite_output_dir)
+        return None
+    if args.overwrite_output_dir:
         raise InputError("--overwrite_output_dir would delete what --resume_from_checkpoint goes on from")
-    checkpoint = None
-    if wanted:
-        checkpoint = _last_whole(folder) if wanted.lower() == "true" else Path(wanted)
-        _check_steps(args, checkpoint)
-    if run_files(folder) and not _is_inside(checkpoint, folder) and not args.overwrite_output_dir:
-        raise InputError(
-            f"--output_dir {folder} holds another run ({run_files(folder)[0].name}). Go on with it: "
-            f"--resume_from_checkpoint true; replace it: --overwrite_output_dir; or give another folder"
-        )
-    return None if checkpoint is None else str(checkpoint)
-
-
-def _is_inside(checkpoint: Path | None, folder: Path) -> bool:
-    return checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
-
-
-def _check_steps(args: RecipeArguments, checkpoint: Path) -> None:
-    """Checks that something is left to do: steps, or the results of a run that was killed after the last."""
+    checkpoint = _last_whole(folder) if wanted.lower() == "true" else Path(wanted)
     state = read_state(checkpoint)
     if state is None:
         message = f"--resume_from_checkpoint {checkpoint} is not a whole checkpoint"
         raise InputError(f"{message}: it has no trainer_state.json that can be read")
+    is_inside = checkpoint.resolve().parent == folder.resolve()
+    check_folder(folder, is_inside)
+    # After the last step, the results are left to do if the run was killed before it wrote them. There may be
+    # those of an earlier end, after which the run went on.
     step, last = state["global_step"], args.max_steps if args.max_steps > 0 else state["max_steps"]
-    metrics = Path(args.output_dir) / "metrics.json"  # which is written last, and whole
-    # The results may be those of an earlier end, after which the run went on.
+    metrics = folder / "metrics.json"
     written = metrics.is_file() and json.loads(metrics.read_text(encoding="utf-8")).get("steps") == step
-    lacks_results = _is_inside(checkpoint, metrics.parent) and not written
-    is_left = step < last or (step == last and lacks_results)
+    is_left = step < last or (step == last and is_inside and not written)
     require(is_left, f"--resume_from_checkpoint {checkpoint}: all of its {step} steps are done")
+    return str(checkpoint)
 
 
 def _last_whole(folder: Path) -> Path:
     found = checkpoints_of(folder)
     require(found, f"--resume_from_checkpoint true: {folder} holds no checkpoint")
-    whole = next((path for path in found if read_state(path) is not None), None)
-    if whole is None:
-        raise InputError(
-            f"--resume_from_checkpoint true: no checkpoint in {folder} was written to the end, not even "
-            f"{found[-1].name}: start anew with --overwrite_output_dir"
-        )
-    for path in found[: found.index(whole)]:
-        logger.warning(f"{path} was not written to the end and is skipped: going on from {whole.name}")
-    return whole
+    for path in found:
+        if read_state(path) is not None:
+            return path
+        logger.warning(f"{path} was not written to the end and is skipped")
+    raise InputError(
+        f"--resume_from_checkpoint true: no checkpoint in {folder} was written to the end, not even "
+        f"{found[-1].name}: start anew with --overwrite_output_dir"
+    )

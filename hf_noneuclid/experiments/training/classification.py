@@ -24,14 +24,10 @@ UNLABELLED = -1  # in the hidden test splits of the Hub
 
 
 def class_names(rows: Corpus, column: str) -> list[str]:
-    """The classes in the training part, in the order of their numbers or else sorted.
-
-    Raises:
-        InputError: A row has no class, a class of the validation part never occurs in training, there is
-            only one class, or the classes are a score.
-    """
+    """The classes in the training part, in the order of their numbers or else sorted."""
     train, validation = (_labels(part, column) for part in (rows.train, rows.validation))
-    declared, known = _declared(rows.train, column), set(train)
+    known, feature = set(train), rows.train.features[column]
+    declared = feature.names if isinstance(feature, datasets.ClassLabel) else None
     if declared is None:
         _check_discrete(known, len(train), f"{rows.name}: column {column!r}")
     unseen = Counter(label for label in validation if label not in known)
@@ -48,27 +44,22 @@ def class_names(rows: Corpus, column: str) -> list[str]:
 
 def _check_discrete(labels: set[str], rows: int, column: str) -> None:
     numbers = [number for is_text, number, _ in map(_number_or_text, labels) if not is_text]
-    if len(labels) <= MOST_NUMBERS or len(numbers) < len(labels):
-        return
-    if len(labels) > MOST_DIFFERENT * rows or any(number % 1 for number in numbers):
+    is_score = len(labels) > MOST_DIFFERENT * rows or any(number % 1 for number in numbers)
+    if is_score and len(labels) == len(numbers) > MOST_NUMBERS:
         raise InputError(
-            f"{column} holds {len(labels)} different numbers in {rows} rows, such as "
-            f"{max(labels, key=len)}: a score, not classes. Round it to a few values, or choose another "
-            f"--label_column"
+            f"{column} holds {len(labels)} different numbers in {rows} rows: a score, not classes. "
+            f"Round it to a few values, or choose another --label_column"
         )
-
-
-def _declared(dataset: datasets.Dataset, column: str) -> list[str] | None:
-    feature = dataset.features[column]
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _labels(dataset: datasets.Dataset, column: str) -> list[str]:
     """The class of every row as text."""
-    values, names = dataset[column], _declared(dataset, column)
-    missing = sum(value is None or (names is not None and value == UNLABELLED) for value in values)
+    values, feature = list(dataset[column]), dataset.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        values = [None if value in (None, UNLABELLED) else feature.names[value] for value in values]
+    missing = values.count(None)
     require(not missing, f"column {column!r}: {missing} of {len(values)} rows have no label")
-    return [names[value] if names else str(value) for value in values]
+    return [str(value) for value in values]
 
 
 def _number_or_text(label: str) -> tuple[bool, float, str]:

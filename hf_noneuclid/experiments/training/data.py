@@ -22,7 +22,6 @@ HELD_OUT_SHARE = 0.05  # of each local text file when no validation files are gi
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 SPLIT_SEED = 0  # the same rows are held out whatever the seed of the run
 logger = get_logger(__name__)
-KINDS = {"text_column": "text", "prompt_column": "prompts", "response_column": "responses"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +38,7 @@ class Documents:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Data to train on and data held out: ``Documents``, rows (``datasets.Dataset``) or ``Blocks`` of tokens.
-
-    ``name`` is what the results call it, ``license`` what is known of its licence.
-    """
+    """Data to train on and data held out: ``Documents``, rows (``datasets.Dataset``) or ``Blocks``."""
 
     name: str
     train: Any
@@ -54,11 +50,7 @@ class Corpus:
 
 
 def load_corpus(args: DataArguments, seed: int) -> Corpus:
-    """Loads documents for pre-training; the seed is for the shuffling of a stream.
-
-    Raises:
-        InputError: The text cannot be found or read, or a part of it is empty.
-    """
+    """Loads documents for pre-training; the seed is for the shuffling of a stream."""
     if args.dataset_name:
         corpus = _documents(args, seed)
     elif args.train_files:
@@ -74,22 +66,17 @@ def load_corpus(args: DataArguments, seed: int) -> Corpus:
 
 def _documents(args: DataArguments, seed: int) -> Corpus:
     train = _load_texts(args, args.train_split)
-    count = args.validation_documents
     if args.validation_split:
         validation = _load_texts(args, args.validation_split)
-    elif args.streaming:
-        validation, train = train.take(count), train.skip(count)
-    elif count < len(train):
-        validation, train = train.select(range(count)), train.select(range(count, len(train)))
     else:
-        raise InputError(
-            f"dataset {args.dataset_name}, split {args.train_split} has {len(train)} documents: "
-            f"--validation_documents {count} leaves none to train on"
-        )
+        count = args.validation_documents
+        has_more = args.streaming or count < len(train)
+        require(has_more, f"{args.title}: --validation_documents {count} leaves none to train on")
+        validation, train = train.take(count), train.skip(count)
     if args.streaming and args.shuffle_buffer:
         train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
-    kept, held_out = Documents(train, args.text_column), Documents(validation, args.text_column)
-    return Corpus(args.title, kept, held_out, train.info.license or None)
+    parts = (Documents(rows, args.text_column) for rows in (train, validation))
+    return Corpus(args.title, *parts, train.info.license or None)
 
 
 def _load_texts(args: DataArguments, split: str) -> Any:
@@ -133,11 +120,7 @@ def _hold_out_end(text: str) -> tuple[str, str]:
 
 
 def load_rows(args: RowArguments) -> Corpus:
-    """Loads rows for fine-tuning.
-
-    Raises:
-        InputError: The rows cannot be found or read, or lack a column that is needed.
-    """
+    """Loads rows for fine-tuning."""
     if args.dataset_name:
         train = _load_split(args, args.train_split)
         validation = _load_split(args, args.validation_split) if args.validation_split else None
@@ -168,9 +151,11 @@ def check_columns(dataset: datasets.Dataset, name: str, args: SourceArguments) -
         if column not in known:
             raise InputError(f"{name} has no column {column!r}; --{option} is one of: {', '.join(known)}")
         feature = dataset.features[column]
-        is_text = isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "null")
-        kind, held = KINDS.get(option, "one value a row"), getattr(feature, "dtype", feature)
-        fits = is_text if option in KINDS else isinstance(feature, datasets.Value | datasets.ClassLabel)
+        held = getattr(feature, "dtype", feature)
+        if option == "label_column":
+            kind, fits = "one value a row", isinstance(feature, datasets.Value | datasets.ClassLabel)
+        else:
+            kind, fits = "text", held in ("string", "large_string", "null")
         require(fits, f"{name}: column {column!r} holds {held}, not {kind}; choose another --{option}")
 
 
@@ -187,39 +172,28 @@ def _read_rows(names: list[str]) -> datasets.Dataset:
 def hold_out(
     dataset: datasets.Dataset, args: RowArguments, name: str
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Splits off ``--validation_share`` of the rows at random, of each class where there are classes."""
+    """Splits off ``--validation_share`` of the rows at random.
+
+    Of each class it is the same share, but never all of its rows: the n rows of a class are placed about 1/n
+    apart, and those placed first are held out.
+    """
     count = round(args.validation_share * len(dataset))
     if not 0 < count < len(dataset):
         raise InputError(
             f"{name} has {len(dataset)} rows: --validation_share {args.validation_share} leaves a part empty"
         )
-    column = args.columns.get("label_column")
-    if column not in dataset.column_names:
-        parts = dataset.train_test_split(test_size=count, seed=SPLIT_SEED)
-        return parts["train"], parts["test"]
-    held_out = _of_every_class(dataset[column], count)
-    message = f"{name}: no value of column {column!r} occurs twice, so they are not classes"
-    require(held_out, f"{message}; choose another --label_column")
-    kept = sorted(set(range(len(dataset))).difference(held_out))
-    return dataset.select(kept), dataset.select(held_out)
-
-
-def _of_every_class(labels: Iterable[Any], count: int) -> list[int]:
-    """Chooses at most ``count`` rows at random: of each class its share, but never all of its rows.
-
-    The n rows of a class are placed 1/n apart, from a random offset below 1/n on; those placed first are
-    chosen.
-    """
-    draw = random.Random(SPLIT_SEED)
+    draw, column = random.Random(SPLIT_SEED), args.columns.get("label_column")
+    labels = dataset[column] if column in dataset.column_names else [None] * len(dataset)
     classes: dict[str, list[int]] = {}
-    for row, label in enumerate(labels):
-        classes.setdefault(str(label), []).append(row)
-    placed = []
-    for rows in classes.values():
-        draw.shuffle(rows)
-        offset = draw.random()
-        placed += [((i + offset) / len(rows), row) for i, row in enumerate(rows[:-1])]
-    return sorted(row for _, row in sorted(placed)[:count])
+    for row in draw.sample(range(len(dataset)), len(dataset)):
+        classes.setdefault(str(labels[row]), []).append(row)
+    placed = [
+        ((i + draw.random()) / len(rows), row) for rows in classes.values() for i, row in enumerate(rows[:-1])
+    ]
+    message = f"{name}: no value of column {column!r} occurs twice, so they are not classes"
+    require(placed, f"{message}; choose another --label_column")
+    held_out = sorted(row for _, row in sorted(placed)[:count])
+    return dataset.select(sorted({*range(len(dataset))}.difference(held_out))), dataset.select(held_out)
 
 
 def _load_split(args: SourceArguments, split: str, streaming: bool = False) -> Any:

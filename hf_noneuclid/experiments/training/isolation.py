@@ -5,7 +5,7 @@ They run the model as it was loaded, without gradients. All processes must call 
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, pairwise
 
 import torch
@@ -35,11 +35,16 @@ def check_isolation(model: PreTrainedModel, data: Corpus) -> None:
     """Raises InputError if two packed examples do not give the same logits as each of them alone.
 
     That a model takes ``position_ids`` does not say that it isolates by them: OPT's only shift its positions.
-    Nothing is compared where no sequence joins two examples.
     """
-    examples = _joined(data)
-    if examples is None:
+    for row in chain(data.train.dataset, data.validation.dataset):
+        if "position_ids" not in row:
+            return
+        starts = [i for i, position in enumerate(row["position_ids"]) if position == 0]
+        if len(starts) > 1 and max(row["labels"][starts[1] :]) >= 0:  # otherwise the second is filling
+            break
+    else:
         return
+    examples = [row["input_ids"][i:j][:SHORT] for i, j in pairwise([*starts, len(row["input_ids"])])][:2]
     with _evaluating(model):
         packed = _logits(model, examples)
         alone = torch.cat([_logits(model, [ids]) for ids in examples])
@@ -48,18 +53,6 @@ def check_isolation(model: PreTrainedModel, data: Corpus) -> None:
         f"{type(model).__name__} does not isolate examples by their position_ids: a packed one sees those "
         f"before it in its sequence; give --packing false",
     )
-
-
-def _joined(data: Corpus) -> list[list[int]] | None:
-    """The beginnings of the first two examples that share a sequence, None if none do."""
-    for row in chain(data.train.dataset, data.validation.dataset):
-        if "position_ids" not in row:
-            return None
-        starts = [i for i, position in enumerate(row["position_ids"]) if position == 0]
-        parts = [row["input_ids"][i:j][:SHORT] for i, j in pairwise([*starts, len(row["input_ids"])])]
-        if len(parts) > 1 and max(row["labels"][starts[1] :]) >= 0:  # otherwise the second is filling
-            return parts[:2]
-    return None
 
 
 def _differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -86,29 +79,22 @@ def _logits(model: PreTrainedModel, examples: list[list[int]]) -> torch.Tensor:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout and gradients; gathers what ZeRO-3 has spread, one layer of the stack at a time."""
     was_training = model.training
     model.eval()
-    with torch.no_grad(), _gathered(model):
+    with torch.no_grad(), ExitStack() as stack:
+        if is_deepspeed_zero3_enabled():
+            from deepspeed import zero  # an attribute of the package, not a module
+
+            layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), ())
+            inside = {weight for layer in layers for weight in layer.parameters()}
+            outside = [weight for weight in model.parameters() if weight not in inside]
+            stack.enter_context(zero.GatheredParameters(outside))
+            for layer in layers:
+                held = zero.GatheredParameters(list(layer.parameters()))
+                enter = layer.register_forward_pre_hook(lambda *_, held=held: held.__enter__())
+                leave = layer.register_forward_hook(lambda *_, held=held: held.__exit__(None, None, None))
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
         yield
     model.train(was_training)
-
-
-@contextmanager
-def _gathered(model: PreTrainedModel) -> Iterator[None]:
-    """Gathers what ZeRO-3 has spread over the processes, but only one layer of the stack at a time."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    from deepspeed import zero  # an attribute of the package, not a module
-
-    layers = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), ())
-    inside = {weight for layer in layers for weight in layer.parameters()}
-    hooks = []
-    for layer in layers:
-        held = zero.GatheredParameters(list(layer.parameters()))
-        hooks.append(layer.register_forward_pre_hook(lambda *_, held=held: held.__enter__()))
-        hooks.append(layer.register_forward_hook(lambda *_, held=held: held.__exit__(None, None, None)))
-    with zero.GatheredParameters([weight for weight in model.parameters() if weight not in inside]):
-        yield
-    for hook in hooks:
-        hook.remove()

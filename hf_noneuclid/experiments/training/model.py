@@ -2,7 +2,7 @@
 
 import itertools
 import struct
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_noneuclid.experiments.common import InputError, require
+from hf_noneuclid.experiments.common import InputError, option_pairs, require
 from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL, ModelArguments, PretrainedArguments
 
 # What from_pretrained raises for files that are missing, broken, truncated or of another kind.
@@ -41,11 +41,7 @@ logger = get_logger(__name__)
 def load_tokenizer(
     args: ModelArguments, documents: Iterable[str], block_size: int
 ) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer that the options name, or trains one on the documents.
-
-    Raises:
-        InputError: It cannot be loaded, or has no end-of-text token to put between documents.
-    """
+    """Loads the tokenizer that the options name, or trains one on the documents."""
     name = args.tokenizer_name or args.model_name_or_path
     if name is None:
         sample = itertools.islice(documents, args.tokenizer_documents)
@@ -81,9 +77,6 @@ def load_config(
 
     One given by name changes only by the overrides. One of a model type is the library's default with the
     vocabulary of the tokenizer; the recipe's small GPT-2 also takes its positions from the block size.
-
-    Raises:
-        InputError: It cannot be loaded, an override is unknown, or it fits neither tokenizer nor block size.
     """
     overrides = _parse_overrides(args.config_overrides)
     name, model_type = args.model_name_or_path or args.config_name, args.model_type or "gpt2"
@@ -91,7 +84,10 @@ def load_config(
     require(is_known, f"unknown --model_type {model_type!r}: transformers has no such configuration")
     try:
         config = AutoConfig.from_pretrained(name) if name else CONFIG_MAPPING[model_type]()
-        _check_known(config, overrides)
+        unknown, known = [key for key in overrides if not hasattr(config, key)], sorted(config.to_dict())
+        kind = f"a {config.model_type} configuration"
+        message = f"--config_overrides: {kind} has no {', '.join(unknown)}; it has {', '.join(known)}"
+        require(not unknown, message)
         if not name:
             kinds = ("bos", "eos", "pad")
             fitted = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
@@ -99,8 +95,6 @@ def load_config(
             config = type(config)(**{"vocab_size": len(tokenizer), **fitted, **small, **overrides})
         elif overrides:
             config = type(config).from_dict({**config.to_dict(), **overrides})
-    except InputError:
-        raise
     except Exception as error:  # the Hub, the network, and each configuration's own validation
         raise InputError(f"cannot build the configuration {name or model_type}: {error}") from error
     _check_sizes(config, tokenizer, block_size)
@@ -108,17 +102,10 @@ def load_config(
 
 
 def _parse_overrides(text: str | None) -> dict[str, Any]:
-    pairs = [pair.partition("=") for pair in (text or "").split(",") if pair.strip()]
-    for key, sign, _ in pairs:
-        require(sign, f"--config_overrides takes key=value,key=value; {key!r} has no value")
-    return {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
-
-
-def _check_known(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
-    known = ", ".join(sorted(config.to_dict()))
-    unknown = ", ".join(key for key in overrides if not hasattr(config, key))
-    kind = f"a {config.model_type} configuration"
-    require(not unknown, f"--config_overrides: {kind} has no {unknown}; it has {known}")
+    pairs = option_pairs(text)
+    for key, value in pairs.items():
+        require(value, f"--config_overrides takes key=value,key=value; {key!r} has no value")
+    return {key: yaml.safe_load(value) for key, value in pairs.items()}
 
 
 def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
@@ -138,9 +125,6 @@ def load_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedMode
     """Loads the checkpoint, or initialises a model from the configuration.
 
     The weights are float32, also with mixed precision (``--bf16``): small steps would be lost in bf16.
-
-    Raises:
-        InputError: The checkpoint cannot be loaded, or the configuration is not a causal language model's.
     """
     try:
         if args.model_name_or_path:
@@ -158,12 +142,7 @@ def load_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedMode
 
 
 def load_pretrained_tokenizer(args: PretrainedArguments, classifies: bool) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer; one without a padding token pads with its end-of-text token.
-
-    Raises:
-        InputError: It cannot be loaded, or lacks the end-of-text token of a language model, or any token that
-            a classifier could pad with.
-    """
+    """Loads the tokenizer; one without a padding token pads with its end-of-text token."""
     name = args.tokenizer_name or args.path
     source = {} if args.tokenizer_name else _source(args)
     tokenizer = _read_tokenizer(name, not classifies, **source)
@@ -190,17 +169,12 @@ def load_pretrained(
 
     Returns:
         The model, and the names of its modules with weights that the checkpoint lacks: they are random.
-
-    Raises:
-        InputError: It cannot be loaded, is an adapter, or fits neither tokenizer nor block size.
     """
     is_adapter = (Path(args.path) / "adapter_config.json").is_file()
     require(not is_adapter, f"{args.path} holds an adapter, not a model: make it with --lora_merge true")
     try:
         _check_sizes(AutoConfig.from_pretrained(args.path, **_source(args)), tokenizer, block_size)
         model, report = _load(args, names)
-    except InputError:
-        raise
     except UNREADABLE as error:
         raise InputError(f"cannot load the model {args.path}: {error}{_hint(args.path)}") from error
     for config in (model.config, model.config.get_text_config()):
@@ -221,26 +195,15 @@ def _load(args: PretrainedArguments, names: list[str] | None) -> tuple[PreTraine
         return model, report
     numbers = {name: i for i, name in enumerate(names)}
     options |= {"id2label": dict(enumerate(names)), "label2id": numbers, "num_labels": len(names)}
-    options["ignore_mismatched_sizes"] = True  # of a head for other classes, which is checked below
+    options["ignore_mismatched_sizes"] = True  # a head for other classes is replaced, and nothing else
     model, report = transformers.AutoModelForSequenceClassification.from_pretrained(args.path, **options)
-    _check_head(args.path, report["mismatched_keys"], len(names))
-    return model, report
-
-
-def _check_head(
-    path: str, mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]], count: int
-) -> None:
-    """Warns that a head for another number of classes is new; refuses other weights that do not fit."""
-    for name, found, expected in sorted(mismatched):
-        is_head = expected[0] == count and list(found[1:]) == list(expected[1:])
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        is_head = expected[0] == len(names) and list(found[1:]) == list(expected[1:])
         shapes = f"is of shape {list(found)}, its config.json says {list(expected)}"
-        require(is_head, f"{path}: {name} {shapes}")
-    if mismatched:
-        name, found, _ = min(mismatched)
-        logger.warning(
-            f"{path} tells {found[0]} classes apart, the data have {count}: "
-            f"the head {name.rpartition('.')[0]} is new and starts from random weights"
-        )
+        require(is_head, f"{args.path}: {name} {shapes}")
+        kept = f"{args.path} tells {found[0]} classes apart, the data have {len(names)}"
+        logger.warning(f"{kept}: {name} starts from random values")
+    return model, report
 
 
 def _read_tokenizer(name: str, needs_end: bool, **source: str) -> PreTrainedTokenizerBase:

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from hf_noneuclid.experiments import secrets
 from hf_noneuclid.experiments.common import ExitCode, InputError, require
@@ -20,7 +19,6 @@ from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL as DEFAULT
 from hf_noneuclid.experiments.training.arguments import option
 
 OUTPUT = "Where checkpoints, the model, metrics.json and curves.png go."
-NEVER_LISTED = {"azure_ml", "flyte"}  # transformers never lists these trackers as installed
 
 
 @dataclass
@@ -63,10 +61,10 @@ class RecipeArguments(TrainingArguments):
         self.dataloader_pin_memory &= self.device.type != "cpu"  # torch warns of it at every evaluation
         if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
             self.resume_from_checkpoint = None
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise InputError(
-                f"--max_steps must be at least 1, or -1 to train for --num_train_epochs, not {self.max_steps}"
-            )
+        needed = (
+            f"--max_steps must be at least 1, or -1 to train for --num_train_epochs, not {self.max_steps}"
+        )
+        require(self.max_steps >= 1 or self.max_steps == -1, needed)
         in_range = 0.0 <= self.decay_fraction <= 1.0
         require(in_range, f"--decay_fraction must lie in [0, 1], not {self.decay_fraction}")
         if self.global_batch_size not in (None, self.sequences_per_step):
@@ -80,8 +78,6 @@ class RecipeArguments(TrainingArguments):
             get_reporting_integration_callbacks(self.report_to)
         except ValueError as error:
             raise InputError(f"--report_to: {error}") from error
-        missing = set(self.report_to) - {*get_available_reporting_integrations(), *NEVER_LISTED}
-        require(not missing, f"--report_to {', '.join(sorted(missing))}: it is not installed, or too old")
 
     def changed(self) -> dict[str, Any]:
         """The options that differ from the plain Trainer's defaults, and those that recipes add."""
@@ -155,14 +151,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse(argv: Sequence[str], types: Sequence[type]) -> tuple[Any, ...]:
-    """Parses a command line, on top of the YAML file that it may name with ``--config``.
-
-    Args:
-        argv: The command line.
-        types: Dataclasses, such as those of ``ARGUMENT_TYPES``.
-
-    Returns:
-        An instance of each type.
+    """Parses a command line, on top of the YAML file of ``--config``: an instance of each type.
 
     Raises:
         SystemExit: An option is unknown, or its value cannot be used; the message says which.
@@ -181,11 +170,7 @@ def parse(argv: Sequence[str], types: Sequence[type]) -> tuple[Any, ...]:
 
 
 def read_config(argv: Sequence[str]) -> dict[str, Any]:
-    """What the YAML file of ``--config`` holds; empty without one.
-
-    Raises:
-        InputError: It cannot be read, or is not a table of options.
-    """
+    """What the YAML file of ``--config`` holds; empty without one."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
@@ -217,9 +202,12 @@ def given(argv: Sequence[str], recipe: str, other: str) -> dict[str, Any]:
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     values = {**read_config(argv), **vars(parser.parse_args(list(argv)))}
-    values = {name: value for name, value in values.items() if not secrets.holds_secret(name, value)}
     known = {item.name for kind in ARGUMENT_TYPES[other] for item in fields(kind)}
-    return {name: value for name, value in values.items() if name in known}
+    return {
+        name: value
+        for name, value in values.items()
+        if name in known and not secrets.holds_secret(name, value)
+    }
 
 
 def describe_call(recipe: str, argv: Sequence[str]) -> dict[str, Any]:

@@ -21,10 +21,9 @@ BATCH = 256  # pieces handed over together: the tokenizer spreads them over the 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Sequences of tokens, rows of ``input_ids``, and what the results say of them.
+    """Sequences of tokens, and what the results say of them where the text is held in memory.
 
-    That is the number of tokens, with the document ends and the last partial block, the length of the text,
-    and its hash. They are None where the text is not held in memory.
+    That is the number of tokens, with the last partial block, the length of the text, and its hash.
     """
 
     dataset: Any
@@ -40,9 +39,6 @@ def pack(
 
     Documents follow each other with the tokenizer's ``eos_token`` after each, and may span blocks. Only the
     tokens of the last partial block are lost, and those after ``limit`` blocks.
-
-    Raises:
-        InputError: The text does not fill one block.
     """
     digest, utf8_bytes, tokens, chunks = hashlib.sha256(), 0, 0, []
     for text, is_last, ids in _encode(documents, tokenizer):
@@ -61,10 +57,7 @@ def pack(
 
 
 def pack_lazily(documents: Documents, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Blocks:
-    """Packs as ``pack`` does, but does not hold the rows of a dataset in memory.
-
-    A stream is packed as it is read; another dataset on disk, in the cache of the datasets library.
-    """
+    """Packs a stream as it is read, another dataset into a cache on disk, and other text as ``pack`` does."""
     if documents.column is None:
         return pack(documents, tokenizer, block_size)
     options = {"documents": documents, "tokenizer": tokenizer, "block_size": block_size}
@@ -96,8 +89,7 @@ class BlockStream(torch.utils.data.IterableDataset[dict[str, list[int]]]):
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Makes a batch of blocks: all tokens are labels but the first, which nothing predicts.
 
-    The model ignores the first label in any case. Marked, the Trainer does not count it either: its losses of
-    GPT-2 would otherwise be too small by one part in the block size.
+    Unmarked, the Trainer would count it, and its losses would be too small by one part in the block size.
     """
     input_ids = torch.from_numpy(np.stack([np.asarray(row["input_ids"]) for row in rows])).long()
     labels = input_ids.clone()
@@ -135,11 +127,9 @@ def _encode(
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
     """Cuts a text at line ends into pieces of about ``PIECE`` characters; the flag marks the last one."""
-    start = 0
-    while len(text) - start > PIECE:
+    start, is_last = 0, False
+    while not is_last:
         end = text.find("\n", start + PIECE) + 1 or len(text)
-        if end == len(text):
-            break
-        yield text[start:end], False
+        is_last = end == len(text)
+        yield text[start:end], is_last
         start = end
-    yield text[start:], True

@@ -53,25 +53,15 @@ def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
 
 
 class RecipeTrainer(Trainer):
-    """The Trainer with the paper's schedule, whole run folders, and one model card at the end.
-
-    Args:
-        facts: What metrics.json says of the run beside its results.
-        arguments: The Trainer's own.
-    """
+    """The Trainer with the paper's schedule; its ``facts`` are what metrics.json says beside the results."""
 
     def __init__(self, *, facts: dict[str, Any], **arguments: Any) -> None:
         super().__init__(**arguments)
         self.facts = facts
         self._steps_done = 0
-        self._nothing_left = False
 
     def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
-        """Trains the steps that a checkpoint leaves; deletes an old run first, with --overwrite_output_dir.
-
-        Raises:
-            DivergedError: Ten steps in a row had a NaN or infinite loss or gradient. metrics.json says so.
-        """
+        """Trains the steps that a checkpoint leaves; deletes an old run first, if it may."""
         folder = Path(self.args.output_dir)
         if self.is_world_process_zero():
             if self.args.overwrite_output_dir:
@@ -93,12 +83,11 @@ class RecipeTrainer(Trainer):
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Leaves no epoch where all steps are done: the Trainer would do one more step in the middle."""
         epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
-        self._nothing_left = 0 < max_steps <= self._steps_done
-        return (0 if self._nothing_left else epochs, *others, max_steps)
+        return (0 if 0 < max_steps <= self._steps_done else epochs, *others, max_steps)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs, except the mean loss over no steps, which the Trainer takes for 0."""
-        if not (self._nothing_left and "train_loss" in logs):
+        if "train_loss" not in logs or self.state.global_step > self._steps_done:
             super().log(logs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -111,10 +100,7 @@ class RecipeTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the model and the tokenizer for from_pretrained, on any engine.
-
-        It is pushed by the recipe: the Trainer would push it with a card that knows no results yet.
-        """
+        """Writes the model for from_pretrained, on any engine; the recipe pushes it later, with its card."""
         if self.is_fsdp_enabled and not _internal_call:  # its checkpoints are shards
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         super().save_model(output_dir, _internal_call=True)
@@ -134,16 +120,15 @@ class BeforeAndAfter(TrainerCallback):
     """Measures what a model can do before and after fine-tuning; the log history keeps it.
 
     Args:
-        trainer: The Trainer. It evaluates as its training begins: its engine has prepared the model then.
-        parts: Datasets to evaluate on, by the prefix of their metrics: ``""`` for the validation part,
-            ``"old_domain_"``.
+        trainer: The Trainer that evaluates.
+        parts: Datasets by the prefix of their metrics: ``""`` for the validation part, ``"old_domain_"``.
     """
 
     def __init__(self, trainer: Trainer, parts: Mapping[str, Any]) -> None:
         self.trainer, self.parts = trainer, parts
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Evaluates, unless the training goes on from a checkpoint."""
+        """Evaluates, unless the training resumes; not earlier, as the engine has now prepared the model."""
         if state.global_step == 0:
             self.evaluate(BEFORE)
 
@@ -155,18 +140,16 @@ class BeforeAndAfter(TrainerCallback):
 
     def results(self) -> dict[str, Any]:
         """The metrics after fine-tuning, and those of both moments, for metrics.json."""
-        before, after = self._recall(BEFORE), self._recall(AFTER)
+        after = self._recall(AFTER)
         plain = {name: value for name, value in after.items() if name != "loss"}
-        return {**plain, "before": before, "after": after}
+        return {**plain, "before": self._recall(BEFORE), "after": after}
 
     def table(self) -> str:
         """The metrics before and after, one a line."""
-        before, after = self._recall(BEFORE), self._recall(AFTER)
-        rows = [
-            f"{name.replace('_', ' '):24}{before.get(name, math.nan):10.4f}{value:10.4f}"
-            for name, value in after.items()
-        ]
-        return "\n".join([f"{'':24}{'before':>10}{'after':>10}", *rows])
+        before, rows = self._recall(BEFORE), [f"{'':24}{'before':>10}{'after':>10}"]
+        for name, value in self._recall(AFTER).items():
+            rows.append(f"{name.replace('_', ' '):24}{before.get(name, math.nan):10.4f}{value:10.4f}")
+        return "\n".join(rows)
 
     def _recall(self, moment: str) -> dict[str, float]:
         """What was measured at a moment; a resumed run finds it in the history of its checkpoint."""
