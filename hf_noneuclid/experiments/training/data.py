@@ -75,8 +75,8 @@ def _documents(args: DataArguments, seed: int) -> Corpus:
         validation, train = train.take(count), train.skip(count)
     if args.streaming and args.shuffle_buffer:
         train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
-    documents, held_out = (Documents(rows, args.text_column) for rows in (train, validation))
-    return Corpus(args.title, documents, held_out, train.info.license or None)
+    kept, held_out = Documents(train, args.text_column), Documents(validation, args.text_column)
+    return Corpus(args.title, kept, held_out, train.info.license or None)
 
 
 def _load_texts(args: DataArguments, split: str) -> Any:
