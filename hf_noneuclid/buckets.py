@@ -8,6 +8,7 @@ what each has measured, and decides how far every unit moves.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -32,7 +33,7 @@ from .parameters import LocalParameter
 
 
 class Workplace(NamedTuple):
-    """Where and how a rank works, the same for all buckets."""
+    """How this rank works on the parameters of a bucket."""
 
     like: Tensor
     """0-d, of the dtype and device of all scalars."""
@@ -45,18 +46,59 @@ class Workplace(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """What the state holds of the local parameters of a bucket; whole tensors, and the shards in them."""
+    """The state of the local parameters of a bucket.
 
-    momenta: list[Tensor]
-    second_moments: list[Tensor]
-    """Empty if the norm needs none."""
+    The dicts are read at every step, and no large tensor is held: offloading the state must free its memory.
+    """
+
+    states: list[dict[str, Tensor]]
     second_moment_shards: list[LocalShard]
+    """The shards in the second moments; empty if the norm needs none."""
+
+
+_momentum, _second_moment = operator.itemgetter("momentum"), operator.itemgetter("second_moment")
+
+
+class MatrixExchange(Protocol):
+    """Brings the matrices of a bucket to their owners, and the directions back."""
+
+    @property
+    def owned(self) -> Sequence[OwnedBlock]:
+        """The blocks that this rank owns."""
+
+    def gather(self, momenta: Sequence[Tensor]) -> list[Tensor]:
+        """The owned matrices, (matrices, rows, columns) each, from the momenta of all parameters."""
+
+    def scatter(self, factors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """This rank's elements of all parameters' directions, from the polar factors of owned matrices."""
+
+
+class Unsharded:
+    """On one device every matrix is whole, and nothing moves."""
+
+    def __init__(self, blocks: Sequence[OwnedBlock], device: torch.device) -> None:
+        self.owned, self._device = blocks, device
+
+    def gather(self, momenta: Sequence[Tensor]) -> list[Tensor]:
+        return [m.reshape(x.shape).to(self._device) for m, x in zip(momenta, self.owned, strict=True)]
+
+    def scatter(self, factors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return factors
+
+
+class PolarBatch(NamedTuple):
+    """Owned blocks of one shape, whose polar factors are computed together."""
+
+    blocks: list[int]
+    """Indices of the owned blocks."""
+    units: Tensor
+    """Indices of their matrices among the units of the bucket."""
 
 
 class Bucket:
-    """Parameters with the same norm, weight decay, dtype and device, of which the same steps were seen.
+    """Parameters with the same norm, weight decay, dtype and device that have seen the same number of steps.
 
-    As it is, it holds frozen parameters, whose momentum still counts in the model of the loss.
+    It is used without a subclass for frozen parameters, whose momentum still counts in the model of the loss.
 
     Args:
         parameters: On all ranks the same, in the same order.
@@ -77,12 +119,12 @@ class Bucket:
         self.units = sum(x.units for x in parameters)
         self.weight_decay = parameters[0].weight_decay
         self._workplace, self._remembered = workplace, remembered
+        self._counts = [x.units for x in parameters]
         # The parameters of which this rank holds anything; everything below is about these.
         self.local = [x for x in parameters if x.shard.size]
         self._shards = [x.shard for x in self.local]
         self._tensors = [x.shard.tensor for x in self.local]
         self._is_whole = all(x.is_whole for x in self._shards)
-        self._counts = [x.units for x in parameters]
         self._positions = [i for i, x in enumerate(parameters) if x.shard.size]
         self._indices = torch.tensor(self._positions, dtype=torch.int64, device=workplace.like.device)
 
@@ -98,12 +140,16 @@ class Bucket:
 
     def momenta(self) -> list[Tensor]:
         """m."""
-        return self._local(self._remembered.momenta)
+        return self._local(list(map(_momentum, self._remembered.states)))
 
     def second_moments(self) -> list[Tensor]:
         """v; empty if the norm needs none."""
-        _, second_moments, shards = self._remembered
-        return self._local(second_moments, shards) if second_moments else []
+        states, shards = self._remembered
+        return self._local(list(map(_second_moment, states)), shards) if shards else []
+
+    def zeros(self) -> Tensor:
+        """What a rank measures that must not count, of shape (units,)."""
+        return self._workplace.like.new_zeros(self.units)
 
     def gradients(self) -> list[Tensor]:
         """g. A missing gradient counts as zero, as it does on engines that cannot tell the two apart.
@@ -142,7 +188,7 @@ class Bucket:
             weight: Of the gradients in m, 0-d.
             second_weight: Of their squares in v, 0-d.
         """
-        _, chunk, foreach, *_ = self._workplace
+        chunk, foreach = self._workplace.chunk, self._workplace.foreach
         second_moments = self.second_moments()
         if second_moments:
             average_(second_moments, grads, second_weight, ok, limit=chunk, foreach=foreach, square=True)
@@ -170,7 +216,7 @@ class VectorBucket(Bucket):
     def measure(self, grads: Tensors) -> Measured:
         """The dual norms of the momenta."""
         if self._workplace.replica:
-            return Measured(self._workplace.like.new_zeros(self.units))
+            return Measured(self.zeros())
         m, v = self.momenta(), self.second_moments()
         sums: dict[int, Tensor] = {}
         for indices, (m_chunk, v_chunk) in chunks(self._workplace.chunk, m, v or m):
@@ -179,7 +225,7 @@ class VectorBucket(Bucket):
                 sums[i] = sums[i] + partial if i in sums else partial
         partial = stack_scalars(list(sums.values()), self._workplace.like)
         if len(partial) < self.units:  # this rank holds nothing of some parameters
-            partial = partial.new_zeros(self.units).index_copy_(0, self._indices, partial)
+            partial = self.zeros().index_copy_(0, self._indices, partial)
         return Measured(partial)
 
     def apply(self, measured: Measured, dual: Tensor, coefficients: Tensor, decay_rate: Tensor) -> None:
@@ -200,42 +246,6 @@ class VectorBucket(Bucket):
             directions = self.norm.direction(m_chunk, v_chunk)
             its_c = [by_unit[self._positions[i]] for i in indices]
             move_(p, directions, its_c, decay, self._workplace.foreach)
-
-
-class MatrixExchange(Protocol):
-    """Brings the matrices of a bucket to their owners, and the directions back."""
-
-    @property
-    def owned(self) -> Sequence[OwnedBlock]:
-        """The blocks that this rank owns."""
-
-    def gather(self, momenta: Sequence[Tensor]) -> list[Tensor]:
-        """The owned matrices, (matrices, rows, columns) each, from the momenta of all parameters."""
-
-    def scatter(self, factors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """This rank's elements of all parameters' directions, from the polar factors of owned matrices."""
-
-
-class Unsharded:
-    """On one device every matrix is whole, and nothing moves."""
-
-    def __init__(self, blocks: Sequence[OwnedBlock], device: torch.device) -> None:
-        self.owned, self._device = blocks, device
-
-    def gather(self, momenta: Sequence[Tensor]) -> list[Tensor]:
-        return [m.reshape(x.shape).to(self._device) for m, x in zip(momenta, self.owned, strict=True)]
-
-    def scatter(self, factors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return factors
-
-
-class PolarBatch(NamedTuple):
-    """Owned blocks of one shape, whose polar factors are computed together."""
-
-    blocks: list[int]
-    """Indices of the owned blocks."""
-    units: Tensor
-    """Indices of their matrices among the units of the bucket."""
 
 
 class MatrixBucket(Bucket):
@@ -323,7 +333,7 @@ class MatrixBucket(Bucket):
         return stack_scalars(torch._foreach_norm(parts), self._workplace.like).square()
 
     def _for_all(self, tensors: list[Tensor]) -> list[Tensor]:
-        """One tensor for each parameter, from those of the local ones; an empty one for the others."""
+        """Fills in an empty tensor for every parameter of which this rank holds nothing."""
         if len(tensors) == len(self.parameters):
             return tensors
         rest = iter(tensors)
@@ -350,7 +360,8 @@ class MatrixBucket(Bucket):
         for block, factor in zip(self._exchange.owned, factors, strict=True):
             grad, (first, last) = grads[block.parameter], self.parameters[block.parameter].shard.interval
             is_here = first <= block.interval[0] and block.interval[1] <= last
-            if is_here and grad.is_contiguous() and grad.itemsize >= factor.itemsize:
+            is_wide = grad.is_contiguous() and grad.itemsize >= factor.itemsize
+            if is_here and is_wide and grad.device == factor.device:
                 memory = grad.view(-1)[block.interval[0] - first : block.interval[1] - first]
                 memory = memory.view(factor.dtype)[: factor.numel()].view(factor.shape)
                 factor = memory.copy_(factor)

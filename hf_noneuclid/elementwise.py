@@ -116,19 +116,20 @@ def average_(
     if not averages or not (foreach or ok):
         return
     ok, weight = ok.to(averages[0].device), weight.to(averages[0].device, averages[0].dtype)
-    zero = torch.zeros_like(weight)
     for _, (average, value) in chunks(limit, averages, values):
         if not foreach:
             for a, x in zip(average, value, strict=True):
                 x = x.to(a.dtype)
                 a.lerp_(x * x if square else x, weight)
             continue
-        wide: Tensors = [x.to(average[0].dtype) for x in value]
-        change = torch._foreach_sub(torch._foreach_mul(wide, wide) if square else wide, average)
+        change: Tensors = [x.to(average[0].dtype) for x in value]
+        if square:
+            change = torch._foreach_mul(change, change)
         # A weight of 0 does not protect from a bad step: 0 times NaN is NaN.
-        difference = [torch.where(ok, x, zero) for x in change]
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(average, difference)
+        change = [torch.where(ok, x, a) for x, a in zip(change, average, strict=True)]
+        torch._foreach_sub_(change, average)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(average, change)
 
 
 def move_(

@@ -14,8 +14,8 @@ from . import options
 from .norms import NORMS
 from .options import Options, ParameterOptions
 
-METHOD_OPTIONS = ("descent", "product_norm", "momo", "norm")
-"""What makes a method: a checkpoint that differs in one of these belongs to another optimizer."""
+CHECKPOINT_MUST_MATCH = ("descent", "product_norm", "momo", "norm")
+"""A checkpoint that differs in one of these belongs to another optimizer."""
 
 PARAMETER_OPTIONS = tuple(options.fields(ParameterOptions))
 PARAMETER_DEFAULTS = {
@@ -138,14 +138,14 @@ def check_checkpoint(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     Raises:
         ValueError: The checkpoint is of another method. Other differences are warned of.
     """
-    for name in METHOD_OPTIONS:
+    for name in CHECKPOINT_MUST_MATCH:
         if saved.get(name) != ours[name]:
             raise ValueError(
                 f"the checkpoint was made with {name}={saved.get(name)!r}, this optimizer with "
                 f"{name}={ours[name]!r}. Go on with the method of the checkpoint, or start without its state."
             )
     for name in options.fields(Options, ParameterOptions):
-        if saved.get(name) != ours[name]:
+        if name in saved and saved[name] != ours[name]:
             warnings.warn(
                 f"{name}={saved.get(name)!r} is taken from the checkpoint, not {ours[name]!r}.", stacklevel=4
             )

@@ -112,7 +112,7 @@ class Spectral:
     polar_method: PolarMethod = "polar_express"
     polar_steps: int = 5
 
-    def direction(self, m: Tensors, *, foreach: bool = False) -> Tensor:
+    def direction(self, m: Tensors, *, foreach: bool | None = None) -> Tensor:
         """The polar factors of all of them in one batch, in the dtype that ``polar_factors`` computes in."""
         return polar_factors(m, method=self.polar_method, steps=self.polar_steps, foreach=foreach)
 
@@ -120,9 +120,9 @@ class Spectral:
         """A dtype that holds every direction."""
         return momentum if self.polar_method == "svd" else compute_dtype(momentum, device)
 
-    def dual(self, m: Tensors, direction: Tensor, *, foreach: bool = False) -> Tensor:
+    def dual(self, m: Tensors, direction: Tensor, *, foreach: bool | None = None) -> Tensor:
         """The nuclear norms ⟨m, polar(m)⟩, of shape (matrices,)."""
-        if foreach:
+        if direction.device.type != "cpu" if foreach is None else foreach:
             batches = torch.split(direction, [len(x) for x in m])
             return torch.cat([(x * polar).sum(dim=(-2, -1)) for x, polar in zip(m, batches, strict=True)])
         matrices = itertools.chain.from_iterable(m)

@@ -73,8 +73,7 @@ class FrobeniusNuclearNorm(NuclearNorm):
         self._is_counted = is_counted
 
     def measure(self, bucket: MatrixBucket, grads: Tensors) -> Measured:
-        squares = bucket.squares()
-        return Measured(squares if self._is_counted else torch.zeros_like(squares))
+        return Measured(bucket.squares() if self._is_counted else bucket.zeros())
 
     def dual(self, partial: Tensor) -> Tensor:
         return partial.sqrt()
@@ -86,19 +85,21 @@ class StaleNuclearNorm(NuclearNorm):
     Args:
         stored: The nuclear norms of each parameter in the state, which every rank has whole.
         is_counted: Whether this rank contributes them to the sum over all ranks.
+        is_missing: Whether some of them were not measured yet.
     """
 
-    def __init__(self, stored: Sequence[Tensor], is_counted: bool) -> None:
-        self.stored = stored
-        self._is_counted = is_counted
-        # A bad step stores no norm, and after this many the training is given up. Reading would wait.
-        self._maybe_unset = FATAL_RUN
+    def __init__(self, stored: Sequence[Tensor], is_counted: bool, is_missing: bool) -> None:
+        self._stored, self._is_counted = stored, is_counted
+        # A norm that is missing is measured, and every good step stores all norms. But a step cannot see
+        # without waiting for the device whether the one before was good, so the next steps all measure. If
+        # all of them were bad, the training has diverged.
+        self._steps_to_measure = FATAL_RUN if is_missing else 0
 
     def measure(self, bucket: MatrixBucket, grads: Tensors) -> Measured:
-        stale = torch.cat(list(self.stored))
-        partial = stale if self._is_counted else torch.zeros_like(stale)
-        if not self._maybe_unset:
+        stale = torch.cat(list(self._stored))
+        partial = stale.clamp(min=0) if self._is_counted else bucket.zeros()
+        if not self._steps_to_measure:
             return Measured(partial)
-        self._maybe_unset -= 1
+        self._steps_to_measure -= 1
         polar = bucket.polar()
         return Measured(torch.where(stale == UNSET, polar.nuclear_norms, partial), polar)

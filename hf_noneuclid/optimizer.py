@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 import weakref
@@ -26,8 +27,8 @@ from .plan import Plan, make_plan
 
 Loss = Tensor | float
 
-_READ_EVERY_STEP = dict.fromkeys(("params", "lr", "initial_lr", "momentum", "beta2"))
-"""What may change in a group without another plan."""
+_NOT_PLANNED = dict.fromkeys(("params", "lr", "initial_lr", "momentum", "beta2"))
+"""Keys of a group that the plan does not depend on; ``{**group, **_NOT_PLANNED}`` blanks them out."""
 
 _requires_grad = operator.attrgetter("requires_grad")
 
@@ -44,7 +45,7 @@ class Checked(NamedTuple):
     """Σ⟨p, g⟩; 0 without Momo."""
 
 
-class Dual(NamedTuple):
+class DualNorms(NamedTuple):
     """Phase 2: what the momenta amount to."""
 
     measured: list[Measured]
@@ -113,6 +114,9 @@ class NonEuclideanDescent(Optimizer):
         known = known_options.fields(Options)
         for name in options.keys() - known:
             raise TypeError(f"unknown option {name!r}; known are {', '.join(known)}.")
+        for name, field in known.items():
+            if field.default is dataclasses.MISSING and name not in options:
+                raise TypeError(f"{name} is missing; it must be {field.metadata['rule'].words}.")
         known_options.check_value("lr", lr, known_options.LEARNING_RATE)
         known_options.check(options, [Options])
         chosen = Options(**options)
@@ -132,6 +136,9 @@ class NonEuclideanDescent(Optimizer):
         super().__setstate__(state)
         if not hasattr(self, "_given"):  # a copy, or unpickled
             self._given = [_references(group) for group in self.param_groups]
+            for name, field in known_options.fields(Options).items():
+                for group in (self.defaults, *self.param_groups):
+                    group.setdefault(name, field.default)  # an option that is newer than the pickle
         self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -202,7 +209,7 @@ class NonEuclideanDescent(Optimizer):
         facts = _sum_over_ranks(plan, torch.stack([bad, largest.sum(), inner, share]))
         bad, movement, inner, mean_loss = facts.unbind()
         ok = (bad == 0) & inner.isfinite() & mean_loss.isfinite()
-        if must_move:
+        if must_move:  # without Momo a preparation is known from a first step at η = 0 only by its gradients
             ok = ok & (movement > 0)
         return Checked(grads, ok, None if loss is None else mean_loss, inner)
 
@@ -221,17 +228,17 @@ class NonEuclideanDescent(Optimizer):
             change = checked.loss - checked.inner - plan.running_loss
             plan.running_loss.add_(torch.where(checked.ok, change, 0) * weights[0][0])
 
-    def _measure(self, plan: Plan, checked: Checked) -> Dual:
+    def _measure(self, plan: Plan, checked: Checked) -> DualNorms:
         """Phase 2: the dual norm d of every unit, and Σ⟨p, m⟩."""
-        # Frozen parameters stand last in the buckets: they have gradients (of zero), and no directions.
+        # The buckets that move are the first ones. The others are frozen, and are not measured.
         measured = [bucket.measure(g) for bucket, g in zip(plan.moving, checked.grads, strict=False)]
-        inner = _inner(plan, [bucket.momenta() for bucket in plan.buckets])
+        inner = _inner(plan, [bucket.momenta() for bucket in plan.buckets] if plan.options.momo else [])
         summed = _sum_over_ranks(plan, torch.cat([*[x.partial for x in measured], inner.reshape(1)]))
         by_bucket = torch.split(summed[:-1], plan.units)
         norms = [bucket.norm.dual(x) for bucket, x in zip(plan.moving, by_bucket, strict=True)]
-        return Dual(measured, torch.cat(norms), summed[-1])
+        return DualNorms(measured, torch.cat(norms), summed[-1])
 
-    def _decide(self, plan: Plan, checked: Checked, dual: Dual) -> Decided:
+    def _decide(self, plan: Plan, checked: Checked, dual: DualNorms) -> Decided:
         """Phase 3: D, the shares c, τ, and what multiplies the direction of every unit."""
         d = dual.norms * plan.scales
         n = plan.matrix_units
@@ -258,13 +265,14 @@ class NonEuclideanDescent(Optimizer):
         tau = truncated_step_size(plan.eta, height, D, descent)
         return tau, bound, rule.remember(memory, seen, model_decrease(tau, D, descent))
 
-    def _apply(self, plan: Plan, dual: Dual, decided: Decided) -> None:
+    def _apply(self, plan: Plan, dual: DualNorms, decided: Decided) -> None:
         """Phase 4: p ← (1 - ηλ) p + coefficient u. What was learned for the next step is kept."""
         d, coefficients = torch.split(dual.norms, plan.units), torch.split(decided.coefficients, plan.units)
         nuclear_norms = []
         for i, bucket in enumerate(plan.moving):
-            norms = bucket.apply(dual.measured[i], d[i], coefficients[i], decided.decay_rate)
-            nuclear_norms += [] if norms is None else [norms]
+            # Popped, so that the polar factors are freed bucket by bucket.
+            norms = bucket.apply(dual.measured.pop(0), d[i], coefficients[i], decided.decay_rate)
+            nuclear_norms += [] if norms is None else [norms]  # vectors have none
         if plan.stale_norms:
             fresh = _sum_over_ranks(plan, torch.cat(nuclear_norms))
             kept = torch.where(decided.ok, fresh, torch.cat(plan.stale_norms))
@@ -332,23 +340,26 @@ class NonEuclideanDescent(Optimizer):
         """The plan, made anew if parameters, their options or the tensors of the state are others."""
         if self._plan is None or self._key_of_plan() != self._plan_key:
             given = [[reference() for reference in references] for references in self._given]
+            before, self._plan = self._plan, None
             self._plan = make_plan(self.param_groups, given, self.state)
+            if before is not None:
+                self._plan.grid.sent.update(before.grid.sent)
             self._plan_key = self._key_of_plan()  # not before: the plan makes the state
         return self._plan
 
     def _key_of_plan(self) -> list[Any]:
-        """What a plan depends on. It holds tensors of the state, which offloading it replaces by others."""
+        """What the plan was made from. It refers to tensors of the state, which offloading replaces."""
         key: list[Any] = []
         for group in self.param_groups:
             params = group["params"]
-            key += [{**group, **_READ_EVERY_STEP}, *map(id, params), *map(_requires_grad, params)]
+            key += [{**group, **_NOT_PLANNED}, *map(id, params), *map(_requires_grad, params)]
         for its in self.state.values():
             key += map(id, its.values())
         return key
 
     # ---------------------------------------------------------------- what the user sees
 
-    def _report(self, plan: Plan, lr: float, checked: Checked, dual: Dual, decided: Decided) -> None:
+    def _report(self, plan: Plan, lr: float, checked: Checked, dual: DualNorms, decided: Decided) -> None:
         record = StepRecord(
             lr=lr,
             step_size=decided.step_size,
@@ -390,18 +401,20 @@ class NonEuclideanDescent(Optimizer):
         Raises:
             ValueError: The checkpoint is of another method, or its groups or parameters do not fit.
         """
-        before = [dict(group) for group in self.param_groups]  # torch replaces the groups by those saved
         for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             parameter_groups.check_checkpoint(ours, saved)
+        # torch takes the saved groups. Options that the checkpoint is too old to have stay as they are.
+        saved_groups = [
+            {**{name: value for name, value in ours.items() if name != "param_names"}, **saved}
+            for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ] + state_dict["param_groups"][len(self.param_groups) :]
+        state_dict = {**state_dict, "param_groups": saved_groups}
         params = [param for group in self.param_groups for param in group["params"]]
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         saved_states = [state_dict["state"].get(i, {}) for i in saved_ids]
         for param, saved in zip(params, saved_states, strict=False):
             parameter_groups.check_momentum(param, saved.get("momentum"))
         super().load_state_dict(state_dict)
-        for group, ours in zip(self.param_groups, before, strict=True):
-            for name, value in ours.items():
-                group.setdefault(name, value)  # an option that the checkpoint is too old to have
         # torch casts the state to the dtype of the parameters; momentum in bfloat16 would not resume exactly.
         for param, saved in zip(params, saved_states, strict=True):
             for key, value in saved.items():

@@ -17,8 +17,8 @@ from .norms import NORMS, VECTOR_NORMS, NormName, VectorNormName
 from .polar import POLAR_METHODS, PolarMethod
 from .product_norms import PRODUCT_NORMS, ProductNormName
 
-NuclearNorm = Literal["exact", "stale", "frobenius"]
-NUCLEAR_NORMS: tuple[str, ...] = get_args(NuclearNorm)
+NuclearNormName = Literal["exact", "stale", "frobenius"]
+NUCLEAR_NORMS: tuple[str, ...] = get_args(NuclearNormName)
 
 # ---------------------------------------------------------------- what a value may be
 
@@ -121,7 +121,7 @@ class Options:
         _one_of(POLAR_METHODS), "how polar factors are computed", "polar_express"
     )
     polar_steps: int = _option(_COUNT, "iterations of polar_express and newton_schulz", 5)
-    nuclear_norm: NuclearNorm = _option(
+    nuclear_norm: NuclearNormName = _option(
         _one_of(NUCLEAR_NORMS),
         "exact; stale: that of the step before, which keeps no polar factors; frobenius: ‖m‖_F",
         "exact",

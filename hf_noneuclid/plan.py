@@ -170,18 +170,17 @@ class _BucketMaker:
         self._spectral = Spectral(options.polar_method, options.polar_steps)
 
     def make(self) -> tuple[list[MatrixBucket], list[VectorBucket], list[Bucket]]:
-        """The buckets of matrices, of vectors, and of frozen parameters."""
-        matrices: list[MatrixBucket] = []
+        """The buckets of matrices, of vectors, and of frozen parameters: the order of units everywhere."""
+        cohort_of = {x: i for i, (_, its) in enumerate(self._memory.cohorts) for x in its}
+        trained = [x for x in cohort_of if x.is_trained]
+        matrices = list(self._make_matrices([x for x in trained if x.stack], cohort_of))
         vectors: list[VectorBucket] = []
         frozen: list[Bucket] = []
-        for cohort, (_, parameters) in enumerate(self._memory.cohorts):
-            trained = [x for x in parameters if x.is_trained]
-            matrices += self._make_matrices([x for x in trained if x.stack], cohort)
-            for its in _group(x for x in trained if not x.stack):
-                norm = vector_norm(its[0].norm, self._options.eps)
-                vectors.append(VectorBucket(its, *self._common(its, cohort), norm))
-            for its in _group(x for x in parameters if not x.is_trained):
-                frozen.append(Bucket(its, *self._common(its, cohort)))
+        for its in _group((x for x in trained if not x.stack), cohort_of):
+            norm = vector_norm(its[0].norm, self._options.eps)
+            vectors.append(VectorBucket(its, *self._common(its, cohort_of[its[0]]), norm))
+        for its in _group((x for x in cohort_of if not x.is_trained), cohort_of):
+            frozen.append(Bucket(its, *self._common(its, cohort_of[its[0]])))
         return matrices, vectors, frozen
 
     def _common(self, parameters: Sequence[LocalParameter], cohort: int) -> tuple[int, Remembered, Workplace]:
@@ -196,15 +195,21 @@ class _BucketMaker:
             replica=self._grid.replica,
         )
         local = [x for x in parameters if x.shard.size]
-        second = [self._memory.second_moment(x) for x in local if x.norm in ADAPTIVE_NORMS]
-        momenta = [self._memory.momentum(x) for x in local]
-        remembered = Remembered(momenta, [v for v, _ in second], [shard for _, shard in second])
-        return cohort, remembered, workplace
+        shards = [self._memory.second_moment_shard(x) for x in local if x.norm in ADAPTIVE_NORMS]
+        return cohort, Remembered([self._memory.of(x) for x in local], shards), workplace
 
-    def _make_matrices(self, parameters: Sequence[LocalParameter], cohort: int) -> Iterable[MatrixBucket]:
+    def _make_matrices(
+        self, parameters: Sequence[LocalParameter], cohort_of: Mapping[LocalParameter, int]
+    ) -> Iterable[MatrixBucket]:
         grid, options = self._grid, self._options
         by_bucket = bucket_matrices(
-            parameters, self._held, grid.replicas, grid.shards, options.polar_steps, self._workspace
+            parameters,
+            self._held,
+            grid.replicas,
+            grid.shards,
+            options.polar_steps,
+            self._workspace,
+            cohort_of,
         )
         for its, blocks in by_bucket:
             dtype = wide_dtype(its[0].shard.tensor.dtype)
@@ -220,7 +225,7 @@ class _BucketMaker:
                 polar.append(PolarBatch(same, torch.tensor(units, device=grid.device)))
             yield MatrixBucket(
                 its,
-                *self._common(its, cohort),
+                *self._common(its, cohort_of[its[0]]),
                 norm=self._nuclear_norm(its),
                 spectral=self._spectral,
                 exchange=exchange,
@@ -235,7 +240,8 @@ class _BucketMaker:
         if self._options.nuclear_norm == "frobenius":
             return FrobeniusNuclearNorm(is_counted=grid.replica == 0)
         stored = [self._memory.nuclear_norms(x) for x in parameters]
-        return StaleNuclearNorm(stored, is_counted=grid.coordinate == (0, 0))
+        is_missing = any(self._memory.lacks_nuclear_norms(x) for x in parameters)
+        return StaleNuclearNorm(stored, is_counted=grid.coordinate == (0, 0), is_missing=is_missing)
 
 
 # ---------------------------------------------------------------- what follows from shapes alone
@@ -248,6 +254,7 @@ def bucket_matrices(
     shards: int,
     polar_steps: int,
     workspace: int,
+    cohort_of: Mapping[LocalParameter, int] | None = None,
 ) -> list[tuple[list[LocalParameter], list[OwnedBlock]]]:
     """Matrices in buckets of which a rank receives no more than the workspace, and who owns them.
 
@@ -258,9 +265,10 @@ def bucket_matrices(
         shards: Its columns.
         polar_steps: Iterations of the polar factor.
         workspace: Bytes.
+        cohort_of: The cohort of each parameter, if there are several; a bucket has only one.
     """
     buckets = []
-    for group in _group(parameters):
+    for group in _group(parameters, cohort_of or {}):
         # Sorted, so that matrices of one shape end up in one bucket and their polar factors in one batch.
         by_shape = sorted(group, key=lambda x: sorted(_stack(x)[1:]))
         # Each owner receives about one part in ``shards`` of a bucket.
@@ -297,11 +305,13 @@ def _stack(x: LocalParameter) -> tuple[int, int, int]:
     return x.stack
 
 
-def _group(parameters: Iterable[LocalParameter]) -> list[list[LocalParameter]]:
-    """Parameters by norm, weight decay, dtype and device."""
+def _group(
+    parameters: Iterable[LocalParameter], cohort_of: Mapping[LocalParameter, int]
+) -> list[list[LocalParameter]]:
+    """Parameters by norm, weight decay, dtype, device and cohort."""
     groups: dict[Hashable, list[LocalParameter]] = {}
     for x in parameters:
-        key = (x.norm, x.weight_decay, x.shard.tensor.dtype, x.shard.tensor.device)
+        key = (x.norm, x.weight_decay, x.shard.tensor.dtype, x.shard.tensor.device, cohort_of.get(x))
         groups.setdefault(key, []).append(x)
     return list(groups.values())
 

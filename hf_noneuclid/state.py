@@ -55,10 +55,13 @@ class Memory:
         self._state = state
         self._second = _pack((x for x in parameters if x.norm in ADAPTIVE_NORMS), use_units=False)
         self._nuclear = _pack((x for x in parameters if x.stack), use_units=True)
+        self._without_norms: set[Tensor] = set()
         known = [state[x.shard.tensor] for x in parameters if x.shard.tensor in state]
         for its in known:  # a checkpoint puts scalars where the parameter is, which may be offloaded
             its.update({key: its[key].to(like.device) for key in _SCALARS if key in its})
-        shared = known[0] if known and momo else {}
+        shared = dict(known[0]) if known and momo else {}
+        if len(shared.get("lower_bound_memory", ())) != len(bound_memory):
+            shared.pop("lower_bound_memory", None)  # of another rule, which started from other values
         step = shared.get("step", torch.zeros_like(like))
         for x in parameters:
             self._make(x, step, stale, like)
@@ -72,7 +75,7 @@ class Memory:
     def _make(self, x: LocalParameter, step: Tensor, stale: bool, like: Tensor) -> None:
         """Makes what is missing in the state of a parameter."""
         tensor = x.shard.tensor
-        dtype = wide_dtype(tensor.dtype)  # an average in bfloat16 stands still at 0.95 of its way
+        dtype = wide_dtype(tensor.dtype)  # in bfloat16 the change (1 - β)(g - m) soon rounds to nothing
         if tensor not in self._state:
             self._state[tensor] = {"momentum": torch.zeros_like(tensor, dtype=dtype), "step": step}
         its = self._state[tensor]
@@ -82,6 +85,7 @@ class Memory:
             its["second_moment"] = torch.zeros_like(part, dtype=dtype)
         if stale and x in self._nuclear and "nuclear_norm" not in its:
             its["nuclear_norm"] = like.new_full((_packed_length(x, self._nuclear),), UNSET)
+            self._without_norms.add(tensor)
 
     def _by_step(
         self, parameters: Sequence[LocalParameter], apart: bool
@@ -106,20 +110,22 @@ class Memory:
             self._state[x.shard.tensor][key] = value
         return value
 
-    def momentum(self, x: LocalParameter) -> Tensor:
-        """m of everything in the tensor of the parameter."""
-        momentum: Tensor = self._state[x.shard.tensor]["momentum"]
-        return momentum
+    def of(self, x: LocalParameter) -> dict[str, Any]:
+        """The state of the tensor of a parameter, which other parameters may share."""
+        return self._state[x.shard.tensor]
 
-    def second_moment(self, x: LocalParameter) -> tuple[Tensor, LocalShard]:
-        """v of the parameters in the tensor that need one, and the shard of this parameter in it."""
-        v: Tensor = self._state[x.shard.tensor]["second_moment"]
-        return v, x.shard if x.shard.flat is None else x.shard.packed(self._second[x])
+    def second_moment_shard(self, x: LocalParameter) -> LocalShard:
+        """The shard of a parameter in the second moment, which holds only parameters that need one."""
+        return x.shard if x.shard.flat is None else x.shard.packed(self._second[x])
 
     def nuclear_norms(self, x: LocalParameter) -> Tensor:
         """The stale nuclear norms of a parameter, of shape (units,), a view of the state."""
         norms: Tensor = self._state[x.shard.tensor]["nuclear_norm"]
         return norms[self._nuclear[x]]
+
+    def lacks_nuclear_norms(self, x: LocalParameter) -> bool:
+        """Whether a stale nuclear norm was not measured yet. Norms that are not new are read."""
+        return x.shard.tensor in self._without_norms or bool((self.nuclear_norms(x) == UNSET).any())
 
 
 def _pack(parameters: Iterable[LocalParameter], use_units: bool) -> dict[LocalParameter, slice]:

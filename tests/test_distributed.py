@@ -303,11 +303,11 @@ class OnesFromOwners:
 
 def move_along_ones(parameters, coefficients):
     """Moves the parameters of a bucket along directions of ones, every matrix by its coefficient."""
-    momenta = [torch.zeros_like(x.shard.tensor) for x in parameters if x.shard.size]
+    states = [{"momentum": torch.zeros_like(x.shard.tensor)} for x in parameters if x.shard.size]
     bucket = MatrixBucket(
         parameters,
         0,
-        Remembered(momenta, [], []),
+        Remembered(states, []),
         Workplace(torch.zeros(()), chunk=1024, foreach=False, replica=0),
         norm=ExactNuclearNorm(),
         spectral=Spectral(),

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_noneuclid.norms
 import hf_noneuclid.polar
 from hf_noneuclid import METHODS, NonEuclideanDescent, create_optimizer
+from hf_noneuclid.distributed.shards import whole
+from hf_noneuclid.groups import PARAMETER_DEFAULTS
 from hf_noneuclid.options import NUCLEAR_NORMS
+from hf_noneuclid.parameters import make_parameters
+from hf_noneuclid.plan import bucket_matrices
 
 
 class Net(torch.nn.Module):
@@ -774,3 +779,82 @@ def test_groups_of_which_one_lacks_an_option_are_not_merged():
     groups = [{"params": [], "norm": "linf", "weight_decay": 0.1}, {"params": [], "norm": "linf"}]
     with pytest.raises(ValueError, match="group 1 has no weight_decay"):
         hf_noneuclid.one_group(groups)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_good_step_after_many_bad_first_ones_never_goes_uphill(method):
+    """A stale norm that was never measured stands for nothing."""
+    net, optimizer = make(method, nuclear_norm="stale", weight_decay=0.0)
+    for _ in range(11):
+        loss = backward(net)
+        net.up.weight.grad[0, 0] = math.nan
+        optimizer.step(loss=loss)
+    loss, before = backward(net), [p.detach().clone() for p in net.parameters()]
+    optimizer.step(loss=loss)
+    params = zip(net.parameters(), before, strict=True)
+    assert sum((p.grad * (p - old)).sum().item() for p, old in params if p.grad is not None) <= 0
+    assert min(optimizer.diagnostics()["nuclear_norms"].values()) >= 0
+
+
+def test_the_optimizer_keeps_no_state_alive_that_was_offloaded():
+    net, optimizer = make()
+    train(net, optimizer, 1)
+    momenta = [weakref.ref(its["momentum"]) for its in optimizer.state.values()]
+    for its in optimizer.state.values():
+        its.update({key: value.clone() for key, value in its.items()})
+    assert [momentum() for momentum in momenta] == [None] * len(momenta)
+
+
+def test_work_is_shared_evenly_also_where_parameters_joined_one_by_one():
+    params = [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(16)]
+    groups = [{"params": params, **PARAMETER_DEFAULTS, "norm": "spectral"}]
+    names = [[f"p{i}" for i in range(16)]]
+    parameters = make_parameters(groups, names, [[whole(p) for p in params]], "constrained")
+    held = {x: [(0, 64)] for x in parameters}
+    cohorts = {x: i for i, x in enumerate(parameters)}
+    buckets = bucket_matrices(parameters, held, 4, 1, 5, 2**20, cohorts)
+    owners = [block.owner for _, blocks in buckets for block in blocks]
+    assert len(buckets) == 16
+    assert all(owners.count((replica, 0)) == 4 for replica in range(4))
+
+
+def test_options_that_a_checkpoint_is_too_old_to_have_stay_and_are_not_warned_of():
+    net, optimizer = make(foreach=True)
+    train(net, optimizer, 1)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["foreach"]
+    other, resumed = make(foreach=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(saved)
+    assert all(group["foreach"] is True for group in resumed.param_groups)
+    train(other, resumed, 1)
+
+
+def test_an_optimizer_that_was_pickled_before_an_option_existed_steps():
+    net, optimizer = make()
+    train(net, optimizer, 1)
+    state = copy.copy(optimizer.__getstate__())
+    state["param_groups"] = [dict(group) for group in state["param_groups"]]
+    state["defaults"] = dict(state["defaults"])
+    for group in (*state["param_groups"], state["defaults"]):
+        del group["foreach"]
+    unpickled = NonEuclideanDescent.__new__(NonEuclideanDescent)
+    unpickled.__setstate__(state)
+    unpickled.step(loss=backward(net))
+    assert unpickled.param_groups[0]["foreach"] is None
+
+
+def test_another_rule_for_the_lower_bound_starts_anew():
+    net, optimizer = make(loss_lower_bound="star")
+    train(net, optimizer, 2)
+    for group in optimizer.param_groups:
+        group["loss_lower_bound"] = "auto"
+    train(net, optimizer, 2)
+    assert optimizer.diagnostics()["bad_steps"] == 0
+
+
+def test_an_option_that_is_missing_is_named_with_its_values():
+    with pytest.raises(TypeError, match="product_norm is missing; it must be one of linf, l2, hybrid"):
+        NonEuclideanDescent([torch.nn.Parameter(torch.zeros(1))], lr=0.1, descent="constrained")

@@ -24,8 +24,9 @@ def gather_intervals(
     """
     mine = [(name, x.shape, x.interval) for name, x in zip(names, local, strict=True)]
     # Shards of one replica differ anyway; only copies can be compared.
-    checksum = sum(x.local(x.tensor).double().abs().sum().item() for x in local) if grid.replicas > 1 else 0.0
-    gathered = grid.gather_objects((grid.coordinate, mine, checksum))
+    copies = local if grid.replicas > 1 else []
+    my_checksum = sum(x.local(x.tensor).double().abs().sum().item() for x in copies)
+    gathered = grid.gather_objects((grid.coordinate, mine, my_checksum))
     expected = [(name, shape) for name, shape, _ in mine]
     for coordinate, theirs, checksum in gathered:
         if [(name, shape) for name, shape, _ in theirs] != expected:

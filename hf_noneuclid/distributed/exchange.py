@@ -61,7 +61,7 @@ class Exchange:
             self._by_owner.setdefault(block.owner, []).append(block)
         self.owned: Sequence[OwnedBlock] = self._by_owner.get(grid.coordinate, [])
         shards = range(grid.shards)
-        # Sizes of the messages. First: the elements on this rank that each shard of each replica owns.
+        # Sizes of the messages. _mine[replica][shard]: the elements on this rank of matrices that rank owns.
         self._mine = [
             [self._count(self._by_owner.get((replica, s), ()), grid.shard) for s in shards]
             for replica in range(grid.replicas)

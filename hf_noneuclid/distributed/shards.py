@@ -35,7 +35,7 @@ class LocalShard:
 
     @property
     def is_whole(self) -> bool:
-        """Whether ``tensor`` itself is what ``local`` returns, always."""
+        """Whether this rank holds the whole parameter as it is, so that ``local(x)`` is x."""
         return type(self) is LocalShard and self.flat is None
 
     def local(self, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class LocalShard:
         return x if self.flat is None else x[self.flat]
 
     def packed(self, place: slice) -> LocalShard:
-        """The same elements in a flat tensor that holds those of fewer parameters."""
+        """This shard in another flat tensor, such as the second moment, which leaves out some parameters."""
         return replace(self, flat=place)
 
 
