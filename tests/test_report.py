@@ -33,7 +33,6 @@ def make_suite(*blocks, seeds=(0,), settings=None):
         seeds=list(seeds),
         more_seeds={"seeds": [], "within_decades": 0.0},
         report=settings or {},
-        hours=None,
         launch={"processes": 1, "accelerate_config": None, "threads": 1},
     )
 
