@@ -45,7 +45,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_noneuclid.experiments.sweeping.execution import as_arguments, recipe_flags
+from hf_noneuclid.experiments.sweeping.commands import as_arguments, recipe_flags
 from hf_noneuclid.experiments.sweeping.suite import load_suite
 from hf_noneuclid.experiments.training import causal, default_run, embedded, presets
 from hf_noneuclid.experiments.training.adapters import add_adapters

@@ -458,7 +458,6 @@ def study(pushed, tmp_path):
         seeds=[0],
         more_seeds={"seeds": [], "within_decades": 0.0},
         report={"paper": {"muon": {"mean": 5.0, "std": 0.1}}},
-        hours=None,
         launch={"processes": 1, "accelerate_config": None, "threads": 1},
     )
     opened = open_study(default_storage(folder), suite.name, suite=suite)

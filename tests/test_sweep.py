@@ -213,7 +213,6 @@ def test_what_was_taken_away_is_not_stored(study, suite):
 
 def _take_and_die(storage, name):
     def die(*_):
-        time.sleep(1)  # for the first sign of life
         os._exit(9)
 
     study = open_study(storage, name)
@@ -318,7 +317,7 @@ def test_another_suite_is_refused_with_the_difference(tmp_path, study, suite):
 def fake_recipe(monkeypatch, code):
     """Let the executor start a few lines of Python; they find the folder as `folder`."""
     head = "import json, pathlib, sys, time; folder = pathlib.Path(sys.argv[-2].partition('=')[2])\n"
-    monkeypatch.setattr(execution, "launcher", lambda *_: [sys.executable, "-S", "-c", head + code])
+    monkeypatch.setattr(execution, "command_of", lambda *_: [sys.executable, "-S", "-c", head + code])
 
 
 WRITE = """

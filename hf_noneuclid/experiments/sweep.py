@@ -13,11 +13,9 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def sweep(args: argparse.Namespace) -> int:
     """Does what the command line says, and gives the exit code."""
-    suite = load_suite(args.suite, read_options(args.option))
+    suite = load_suite(args.suite, dict(args.option))
     launch = choose_launch(suite, args.processes, args.accelerate_config)
     for run in suite.possible_runs():
         recipe_flags(suite, run, launch.processes)  # the global batch is checked before anything else
@@ -68,15 +66,15 @@ def sweep(args: argparse.Namespace) -> int:
     execute = Executor(suite, folder, launch, study.user_attrs["id"], args.keep_models)
     interrupted = work(queue, execute, args.workers or launch.workers)
     found = results(study)
-    for result in found:
-        if result.state == "failed":
-            print(f"\n{result.run} failed: {result.metrics['reason']}", file=sys.stderr)
+    failed = [result for result in found if result.state == "failed"]
+    for result in failed:
+        print(f"\n{result.run} failed: {result.metrics['reason']}", file=sys.stderr)
     counts = (f"{sum(result.state == state for result in found)} {state}" for state in ENDED)
     print(", ".join(counts), file=sys.stderr)
     if interrupted:
         print("Interrupted. The same command continues the sweep.", file=sys.stderr)
         return ExitCode.INTERRUPTED
-    return ExitCode.FAILED if any(result.state == "failed" for result in found) else 0
+    return ExitCode.FAILED if failed else 0
 
 
 def prepare_study(storage: str, name: str, suite: Suite, processes: int) -> optuna.Study:
@@ -114,8 +112,19 @@ def check_same(old: Suite, new: Suite, storage: str) -> None:
 
 
 def work(queue: TrialQueue, execute: Execute, workers: int) -> bool:
-    """Lets workers do the suite, with a line for every run that ends; says whether it was interrupted."""
+    """Lets workers do the suite, with a line for every run that ends.
+
+    Ctrl-C and the signal of a job scheduler give the runs back to the queue.
+
+    Returns:
+        Whether a signal interrupted the work.
+    """
     stop = threading.Event()
+    received: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        received.append(number)
+        stop.set()
 
     def show(result: Result) -> None:
         found = results(queue.study)  # the runs of other hosts count too
@@ -125,70 +134,50 @@ def work(queue: TrialQueue, execute: Execute, workers: int) -> bool:
         time = "" if result.seconds is None else f" ({result.seconds:.0f} s)"
         print(f"[{ended}/{wanted}] {result.run}: {words}{step}{time}", file=sys.stderr)
 
-    run = partial(run_worker, queue, execute, stop=stop, ended=show)
-    with _signals(stop) as received, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(run, slot=slot) for slot in range(workers)]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        stop.set()
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            slots = range(workers)
+            futures = [
+                pool.submit(run_worker, queue, execute, stop=stop, slot=slot, ended=show) for slot in slots
+            ]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            stop.set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     for future in futures:
         future.result()
     return bool(received)
 
 
-@contextmanager
-def _signals(stop: threading.Event) -> Iterator[list[int]]:
-    """Sets the event on Ctrl-C, and on the signal of a job scheduler; yields the signals that came."""
-    received: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        received.append(number)
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def read_options(pairs: Sequence[str]) -> Mapping[str, Any]:
-    """The values of --option key=value, read as YAML.
-
-    Raises:
-        InputError: One has no value, or its value is not YAML.
-    """
-    values = {}
-    for pair in pairs:
-        name, sign, text = pair.partition("=")
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"--option {pair}: {error}") from error
-        if not sign:
-            raise InputError(f"--option {pair}: expected key=value")
-    return values
-
-
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="noneuclid sweep", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--suite", required=True, help="name of a file in recipes/suites/, or a .yaml file")
-    parser.add_argument("--output_dir", type=Path, help="default: outputs/<suite>")
-    parser.add_argument("--storage", help="SQLite file or database URL; default: <output_dir>/study.db")
-    parser.add_argument("--study_name", help="default: the name of the suite")
-    parser.add_argument("--workers", type=_count, help="runs at a time; default: as many as fit")
-    parser.add_argument("--processes", type=_count, help="processes (GPUs) of a run")
-    parser.add_argument("--accelerate_config", help="file for accelerate launch")
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="flag of the recipe for all runs"
-    )
-    parser.add_argument("--keep_models", action="store_true", help="keep weights and checkpoints")
-    parser.add_argument("--retry_failed", action="store_true", help="try failed runs again")
-    parser.add_argument("--dry_run", action="store_true", help="print commands and costs; write nothing")
-    parser.add_argument(
-        "--device_flops", type=float, default=4e14, help="FLOP/s of a GPU, for --dry_run; default: 4e14"
-    )
+    add = parser.add_argument
+    add("--suite", required=True, help="name of a file in recipes/suites/, or a .yaml file")
+    add("--output_dir", type=Path, help="default: outputs/<suite>")
+    add("--storage", help="SQLite file or database URL; default: <output_dir>/study.db")
+    add("--study_name", help="default: the name of the suite")
+    add("--workers", type=_count, help="runs at a time; default: as many as fit")
+    add("--processes", type=_count, help="processes (GPUs) of a run")
+    add("--accelerate_config", help="file for accelerate launch")
+    per_run = "flag of the recipe for all runs"
+    add("--option", type=_option, action="append", default=[], metavar="KEY=VALUE", help=per_run)
+    add("--keep_models", action="store_true", help="keep weights and checkpoints")
+    add("--retry_failed", action="store_true", help="try failed runs again")
+    add("--dry_run", action="store_true", help="print commands and costs; write nothing")
+    add("--device_flops", type=float, default=4e14, help="FLOP/s of a GPU, for --dry_run; default: 4e14")
     return parser.parse_args(argv)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"expected key=value, not {text!r}")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
 
 
 def _count(text: str) -> int:

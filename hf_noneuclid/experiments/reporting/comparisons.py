@@ -1,4 +1,4 @@
-"""The sections of the report that compare methods: the paper, the gain by Momo, the variants, lower bounds.
+"""The sections of the report that compare methods: the paper, the variants, lower bounds.
 
 All their numbers come from the curves that results.json holds.
 """
@@ -10,7 +10,7 @@ from typing import Any
 from hf_noneuclid.experiments.common import InputError, markdown_table
 from hf_noneuclid.experiments.reporting import measures
 from hf_noneuclid.experiments.reporting.curves import Curve, Point, best_of_each, by_setting, with_lower_bound
-from hf_noneuclid.experiments.reporting.tables import band, excess, loss, per_setting, rate
+from hf_noneuclid.experiments.reporting.tables import band, loss, per_setting, rate
 
 VARIANT_OPTIONS = ("descent", "product_norm", "vector_norm", "momo")
 FACTORS = (1, 10, 30)  # times the best learning rate of the method, for lower bounds
@@ -64,30 +64,6 @@ def _at(point: Point | None) -> str:
     return rate(point.learning_rate if point else None)
 
 
-def momo_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The gain in basin width by Momo, for each method that is in the suite with and without it.
-
-    Args:
-        rows: The curves of one setting as results.json describes them.
-    """
-    without = {(row["method"], str(row["method_options"])): row["basins"] for row in rows}
-    lines = []
-    for row in rows:
-        plain = without.get((row["method"].removesuffix("_momo"), str(row["method_options"])))
-        if row["method"].endswith("_momo") and plain is not None:
-            lines.append([row["label"], *(_gain(row["basins"][part], plain[part]) for part in plain)])
-    head = ["with Momo", *(f"gain in width, {part} (decades)" for part in rows[0]["basins"])]
-    return markdown_table(head, lines) if lines else ""
-
-
-def _gain(momo: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
-    if momo["decades"] is None or plain["decades"] is None:
-        return "-"
-    both = " (both cut off)" * (momo["at_least"] and plain["at_least"])
-    sign = "" if both else "≥ " * momo["at_least"] + "≤ " * plain["at_least"]
-    return f"{sign}{momo['decades'] - plain['decades']:+.2f}{both}"
-
-
 def is_variant(curve: Curve) -> bool:
     """Whether all four choices of a method vary in the suite."""
     return set(VARIANT_OPTIONS) <= set(curve.method_options)
@@ -121,7 +97,7 @@ def variants_section(curves: Sequence[Curve]) -> str:
 
 def lower_bound_section(curves: Sequence[Curve]) -> str:
     """The final loss under each lower bound at the same learning rates: the method's best, and above it."""
-    groups = by_setting(curves)
+    groups = by_setting(with_lower_bound(curves))
     tables = per_setting(groups, _bounds_table)
     if not tables:
         return ""
@@ -136,36 +112,26 @@ def lower_bound_section(curves: Sequence[Curve]) -> str:
 
 
 def _bounds_table(curves: Sequence[Curve]) -> str:
-    chosen, lowest = with_lower_bound(curves), min(curve.best_loss for curve in curves)
     bases: dict[str, Point] = {}
-    for curve in sorted(chosen, key=lambda curve: curve.best_loss):
+    for curve in sorted(curves, key=lambda curve: curve.best_loss):
         if curve.best:
             bases.setdefault(curve.method, curve.best)
-    bests = []
-    for method in dict.fromkeys(curve.method for curve in chosen if curve.method in bases):
-        base = bases[method]
-        above = f", {_excess(base, lowest)} over the best of any method" if base.loss != lowest else ""
-        bests.append(f"{method} {loss(base.loss)} at {_at(base)}{above}")
     head = ["method", "F*", "own best", "at the best learning rate"]
     head += [f"at {factor} times it" for factor in FACTORS[1:]]
     rows = []
-    for curve in chosen:
-        if curve.method in bases:
-            base = bases[curve.method]
-            cells = [curve.method, curve.bound, _compared(curve.best, base, with_rate=True)]
-            for factor in FACTORS:
-                place = measures.nearest(curve.rates, factor * base.learning_rate)
-                cells.append(_compared(None if place is None else curve.points[place], base))
-            rows.append(cells)
-    return f"Best under any bound: {'; '.join(bests)}.\n\n{markdown_table(head, rows)}" if rows else ""
+    for curve in curves:
+        if (base := bases.get(curve.method)) is not None:
+            own = _compared(curve.best, base) + (f" at {_at(curve.best)}" if curve.best else "")
+            places = [measures.nearest(curve.rates, factor * base.learning_rate) for factor in FACTORS]
+            points = (None if place is None else curve.points[place] for place in places)
+            rows.append([curve.method, curve.bound, own, *(_compared(point, base) for point in points)])
+    methods = (method for method in dict.fromkeys(curve.method for curve in curves) if method in bases)
+    bests = "; ".join(f"{method} {loss(bases[method].loss)} at {_at(bases[method])}" for method in methods)
+    return f"Best under any bound: {bests}.\n\n{markdown_table(head, rows)}" if rows else ""
 
 
-def _compared(point: Point | None, base: Point, with_rate: bool = False) -> str:
-    if point is None or point.loss is None:
+def _compared(point: Point | None, base: Point) -> str:
+    if point is None or point.loss is None or base.loss is None:
         return "-"
-    words = "diverged" if point.diverged else f"{loss(point.loss)} ({_excess(point, base.loss)})"
-    return words + (f" at {_at(point)}" if with_rate else "")
-
-
-def _excess(point: Point, best: float | None) -> str:
-    return excess((point.loss - best) / abs(best) if best and point.loss is not None else None)
+    excess = f"{100 * (point.loss - base.loss) / abs(base.loss):+.2f} %" if base.loss else "-"
+    return "diverged" if point.diverged else f"{loss(point.loss)} ({excess})"

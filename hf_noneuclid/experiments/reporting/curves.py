@@ -3,12 +3,12 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from hf_noneuclid.experiments.reporting.measures import best_index
-from hf_noneuclid.experiments.reporting.names import LOWER_BOUND, bound_order, option_words, setting_names
+from hf_noneuclid.experiments.reporting.tables import LOWER_BOUND, bound_order, option_words, setting_names
 from hf_noneuclid.experiments.sweeping.suite import Result, Run, canonical
 
 
@@ -125,28 +125,22 @@ def build_curves(wanted: Sequence[Run], results: Sequence[Result]) -> list[Curve
     for run in dict.fromkeys([*wanted, *by_run]):
         groups[run.curve].append(run)
     firsts = [runs[0] for runs in groups.values()]
-    # The name of a method says the options that it always has: only those that vary for it are shown.
-    methods = {run.method for run in firsts}
-    shown = set[str]().union(
-        *(_varying([run.method_options for run in firsts if run.method == method]) for method in methods)
-    )
+    methods = list(dict.fromkeys(run.method for run in firsts))
+    shown = set[str]()
+    for method in methods:  # its name says the options that it always has: only those that vary are shown
+        shown |= _varying([run.method_options for run in firsts if run.method == method])
     of_recipe = _varying([run.options for run in firsts])
-    curves = [
-        Curve(
-            runs[0].method,
-            {key: value for key, value in sorted(runs[0].method_options.items()) if key in shown},
-            {key: value for key, value in sorted(runs[0].options.items()) if key in of_recipe},
-            tuple(_points(runs, by_run)),
-        )
-        for runs in groups.values()
-    ]
-    settings = {canonical(curve.options): curve.options for curve in curves}
+    settings = {canonical(run.options): _part(run.options, of_recipe) for run in firsts}
     names = dict(zip(settings, setting_names(list(settings.values())), strict=True))
-    order = list(names.values()), methods_of(curves)
-    named = [replace(curve, setting=names[canonical(curve.options)]) for curve in curves]
+    curves = []
+    for first, runs in zip(firsts, groups.values(), strict=True):
+        setting = canonical(first.options)
+        options = _part(first.method_options, shown), settings[setting]
+        curves.append(Curve(first.method, *options, tuple(_points(runs, by_run)), names[setting]))
+    order = list(names.values())
     return sorted(
-        named,
-        key=lambda c: (order[0].index(c.setting), order[1].index(c.method), bound_order(c.method_options)),
+        curves,
+        key=lambda c: (order.index(c.setting), methods.index(c.method), bound_order(c.method_options)),
     )
 
 
@@ -164,17 +158,16 @@ def _varying(mappings: Sequence[Mapping[str, Any]]) -> set[str]:
     return {key for key in keys if len({canonical(mapping.get(key)) for mapping in mappings}) > 1}
 
 
+def _part(options: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in sorted(options.items()) if key in names}
+
+
 def by_setting(curves: Iterable[Curve]) -> dict[str, list[Curve]]:
     """The curves that are comparable with each other, by the name of their setting."""
     groups: dict[str, list[Curve]] = defaultdict(list)
     for curve in curves:
         groups[curve.setting].append(curve)
     return dict(groups)
-
-
-def methods_of(curves: Iterable[Curve]) -> list[str]:
-    """The methods in the order of the suite."""
-    return list(dict.fromkeys(curve.method for curve in curves))
 
 
 def best_of_each(curves: Iterable[Curve]) -> list[Curve]:

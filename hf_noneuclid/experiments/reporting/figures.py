@@ -23,7 +23,7 @@ from hf_noneuclid.experiments.reporting.curves import (
     with_lower_bound,
 )
 from hf_noneuclid.experiments.reporting.measures import regret
-from hf_noneuclid.experiments.reporting.names import bound_order, option_words
+from hf_noneuclid.experiments.reporting.tables import bound_order, option_words
 
 # Okabe and Ito's colours, grey for their yellow; eight colours and nine markers make 72 pairs.
 BOUND_COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F")

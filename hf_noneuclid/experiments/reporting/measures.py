@@ -9,9 +9,9 @@ References:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 from statistics import fmean, stdev
 
 from hf_noneuclid.experiments.common import History, series
@@ -47,39 +47,30 @@ def basin(rates: Sequence[float], losses: Losses, threshold: float) -> Basin:
         losses: One for each.
         threshold: The highest loss that counts, in nats per token.
     """
-    places = [math.log10(rate) for rate in rates]
-    merged: list[tuple[float, float]] = []
-    for low, high in sorted(_low_pieces(places, losses, threshold)):
-        if merged and low <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], high))
-        else:
-            merged.append((low, high))
-    width = sum(high - low for low, high in merged)
-    # Six digits: the others come from the logarithm.
-    intervals = tuple((float(f"{10**low:.6g}"), float(f"{10**high:.6g}")) for low, high in merged)
-    return Basin(width, intervals, _is_cut_off(losses, threshold))
+    # Nothing is known beyond the ends of the grid, as in a gap.
+    values = [math.nan, *(math.nan if loss is None else loss for loss in losses), math.nan]
+    places = [math.nan, *(math.log10(rate) for rate in rates), math.nan]
 
+    def edge(good: int, beside: int) -> float:
+        """Where the curve crosses the threshold on the way to a neighbour, if it does so."""
+        if not math.isfinite(values[beside]):
+            return places[good]
+        left, right = sorted((good, beside))
+        rise = values[right] - values[left]
+        return places[left] + (places[right] - places[left]) * (threshold - values[left]) / rise
 
-def _low_pieces(places: Sequence[float], losses: Losses, threshold: float) -> Iterator[tuple[float, float]]:
-    for place, loss in zip(places, losses, strict=True):
-        if loss is not None and loss <= threshold:
-            yield place, place
-    for (left, first), (right, second) in pairwise(zip(places, losses, strict=True)):
-        if first is None or second is None or (first > threshold and second > threshold):
-            continue
-        if first <= threshold and second <= threshold:
-            yield left, right
-        elif math.isfinite(first) and math.isfinite(second):
-            crossing = left + (right - left) * (threshold - first) / (second - first)
-            yield (left, crossing) if first <= threshold else (crossing, right)
-
-
-def _is_cut_off(losses: Losses, threshold: float) -> bool:
-    padded = [None, *losses, None]
-    return any(
-        loss is not None and loss <= threshold and None in (padded[i], padded[i + 2])
-        for i, loss in enumerate(losses)
-    )
+    width: float = 0
+    intervals, at_least = [], False
+    for is_good, group in groupby(range(len(values)), key=lambda i: values[i] <= threshold):
+        members = list(group)
+        if is_good:
+            ends = (members[0], members[0] - 1), (members[-1], members[-1] + 1)
+            low, high = (edge(*end) for end in ends)
+            width += high - low
+            # Six digits: the others come from the logarithm.
+            intervals.append((float(f"{10**low:.6g}"), float(f"{10**high:.6g}")))
+            at_least |= any(math.isnan(values[beside]) for _, beside in ends)
+    return Basin(width, tuple(intervals), at_least)
 
 
 def best_index(losses: Losses) -> int | None:

@@ -18,7 +18,7 @@ TARGET_DIGITS = 2
 OF_RUN = ("method", "learning_rate", "seed", "method_options", "options")
 OF_RESULT = ("state", "loss", "diverged_at", "seconds")
 OF_METRICS = ("tokens", "steps")
-OF_SUITE = ("name", "about", "recipe", "options", "per_method", "launch", "report", "hours")
+OF_SUITE = ("name", "about", "recipe", "options", "per_method", "launch", "report")
 
 
 def summarise(suite: Suite, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:

@@ -2,14 +2,13 @@
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_noneuclid.experiments.common import markdown_table
 from hf_noneuclid.experiments.reporting.comparisons import (
     lower_bound_section,
-    momo_table,
     paper_section,
     variants_section,
 )
@@ -45,7 +44,6 @@ def markdown(summary: Numbers, curves: Sequence[Curve], figures: Sequence[str]) 
         lower_bound_section(curves),
         variants_section(curves),
         f"## Final loss at each learning rate\n\n{_per_setting(summary, _losses)}",
-        f"## Regret at each learning rate\n\n{_per_setting(summary, _regrets)}",
         _target_section(summary),
         _ran_section(summary),
     ]
@@ -127,7 +125,7 @@ def _robustness_table(setting: Numbers) -> str:
         rows.append([curve["label"], *cells, *map(loss, at_factor)])
     limits = ", ".join(f"{part} above it {loss(found['threshold'])}" for part, found in basins.items())
     best = f"Best of any method: {loss(setting['best_loss'])}; {limits}."
-    return "\n\n".join(filter(None, [best, markdown_table(head, rows), momo_table(setting["curves"])]))
+    return f"{best}\n\n{markdown_table(head, rows)}"
 
 
 def _basin(found: Numbers) -> str:
@@ -138,19 +136,11 @@ def _basin(found: Numbers) -> str:
 
 
 def _losses(setting: Numbers) -> str:
-    return _by_rate(setting, _point)
-
-
-def _regrets(setting: Numbers) -> str:
-    return _by_rate(setting, lambda point: loss(point["regret"]))
-
-
-def _by_rate(setting: Numbers, cell: Callable[[Numbers], str]) -> str:
     curves = setting["curves"]
     rates = sorted({point["learning_rate"] for curve in curves for point in curve["points"]})
     rows = []
     for curve in curves:
-        cells = {point["learning_rate"]: cell(point) for point in curve["points"]}
+        cells = {point["learning_rate"]: _point(point) for point in curve["points"]}
         rows.append([curve["label"], *(cells.get(value, "") for value in rates)])
     return markdown_table(["method", *map(rate, rates)], rows)
 
@@ -165,25 +155,30 @@ def _point(point: Numbers) -> str:
 
 
 def _target_section(summary: Numbers) -> str:
-    def tables(setting: Numbers) -> str:
-        return "\n\n".join(_target_table(target) for target in setting["targets"] if target["curves"])
-
     text = (
         "The first evaluation with a loss at or below the target, at the best learning rate of each method: "
         "mean over the seeds that reach it. Seconds are the part of the training time until then, without "
         "start-up. They are as measured: runs that run at the same time share the machine."
     )
-    found = _per_setting(summary, tables)
+    found = _per_setting(summary, _target_tables)
     return f"## Time to a target loss\n\n{text}\n\n{found}" if found else ""
 
 
-def _target_table(target: Numbers) -> str:
-    head = ("method", f"seeds that reach {target['loss']:g}", "steps", "seconds")
-    rows = []
-    for way in target["curves"]:
-        reached = f"{way['reached']} of {way['seeds']}"
-        rows.append([way["label"], reached, number(way["steps"]), number(way["seconds"])])
-    return markdown_table(head, rows)
+def _target_tables(setting: Numbers) -> str:
+    tables = []
+    for target in setting["targets"]:
+        head = ("method", f"seeds that reach {target['loss']:g}", "steps", "seconds")
+        rows = [
+            [
+                way["label"],
+                f"{way['reached']} of {way['seeds']}",
+                number(way["steps"]),
+                number(way["seconds"]),
+            ]
+            for way in target["curves"]
+        ]
+        tables += [markdown_table(head, rows)] if rows else []
+    return "\n\n".join(tables)
 
 
 # ---------------------------------------------------------------- provenance
@@ -192,14 +187,17 @@ def _target_table(target: Numbers) -> str:
 def _ran_section(summary: Numbers) -> str:
     suite, ran = summary["suite"], summary["ran"]
     counts = ", ".join(f"{ran['states'][state]} {state}" for state in STATES if state in ran["states"])
+    facts = {
+        "Hardware": [_hardware(found) for found in ran["hardware"]],
+        "Versions": [_pairs(found) for found in ran["versions"]],
+        "Corpus": [_pairs(found) for found in ran["corpus"]],
+        "Parameters": [f"{count:,}" for count in ran["parameters"]],
+    }
     lines = [
         f"- Command: `noneuclid sweep --suite {suite['name']}`",
         f"- Runs: {counts}; {ran['missing']} of {ran['wanted']} missing",
         f"- Hours: {ran['hours']:.2f}, summed over the runs whose time is known, start-up included",
-        *_facts("Hardware", map(_hardware, ran["hardware"])),
-        *_facts("Versions", map(_pairs, ran["versions"])),
-        *_facts("Corpus", map(_pairs, ran["corpus"])),
-        *_facts("Parameters", (f"{count:,}" for count in ran["parameters"])),
+        *(f"- {name}: {value}" for name, values in facts.items() for value in values or ["not recorded"]),
         f"- Common options: {_pairs(suite['options'])}",
         *(f"- Options of {method}: {_pairs(flags)}" for method, flags in suite["per_method"].items()),
     ]
@@ -217,11 +215,6 @@ def _failed(run: Numbers) -> list[str]:
     options = _pairs({**run["method_options"], **run["options"]})
     reason = " ".join(str(run["reason"]).split()).replace("|", "\\|")
     return [run["method"], options, rate(run["learning_rate"]), str(run["seed"]), reason]
-
-
-def _facts(name: str, values: Iterable[str]) -> list[str]:
-    """One line for each value; runs that differ give several."""
-    return [f"- {name}: {value}" for value in values] or [f"- {name}: not recorded"]
 
 
 def _hardware(found: Numbers) -> str:

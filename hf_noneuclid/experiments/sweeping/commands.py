@@ -1,8 +1,6 @@
 """The command of a run: its flags, its processes, and the devices that they use."""
 
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,14 +70,12 @@ def choose_launch(suite: Suite, processes: int | None, config: str | None) -> La
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that runs may use. It asks the driver, because importing torch takes seconds."""
+    """The GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch  # takes seconds, and runs on a CPU do not need it
+
+    count = torch.cuda.device_count()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return tuple(name for name in chosen.split(",") if name and name != "-1")
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return tuple(str(i) for i, line in enumerate(listing.splitlines()) if line.startswith("GPU "))
+    return tuple(chosen.split(",")[:count]) if chosen else tuple(str(i) for i in range(count))
 
 
 def recipe_flags(suite: Suite, run: Run, processes: int) -> dict[str, Any]:
@@ -92,7 +88,8 @@ def recipe_flags(suite: Suite, run: Run, processes: int) -> dict[str, Any]:
     pairs = [str(flags.pop("optim_args"))] if flags.get("optim_args") else []
     pairs += [f"{name}={as_text(value)}" for name, value in run.method_options.items()]
     if flags.get("global_batch_size") is not None:
-        flags["gradient_accumulation_steps"] = accumulation(flags, processes)
+        # A number in the suite stays. The recipe refuses one that does not give the global batch.
+        flags.setdefault("gradient_accumulation_steps", accumulation(flags, processes))
     own = {"optim": run.method, "learning_rate": run.learning_rate, "seed": run.seed}
     return {**own, **({"optim_args": ",".join(pairs)} if pairs else {}), **flags}
 
@@ -101,7 +98,7 @@ def accumulation(flags: Mapping[str, Any], processes: int) -> int:
     """The batches of a step that make the global batch the same on any number of devices.
 
     Raises:
-        InputError: There is no such number, or the flags give another one.
+        InputError: There is no such number.
     """
     total, batch = int(flags["global_batch_size"]), int(flags.get("per_device_train_batch_size", 8))
     steps, rest = divmod(total, batch * processes)
@@ -111,13 +108,20 @@ def accumulation(flags: Mapping[str, Any], processes: int) -> int:
             f"x {processes} (processes): choose another --processes, or "
             "--option per_device_train_batch_size=..."
         )
-    given = flags.get("gradient_accumulation_steps")
-    if given not in (None, steps):
-        raise InputError(
-            f"gradient_accumulation_steps {given} does not give global_batch_size {total}: leave it out; "
-            f"the sweep computes it ({steps})"
-        )
     return steps
+
+
+def command_of(suite: Suite, launch: Launch, flags: Mapping[str, Any]) -> list[str]:
+    """The command that starts the recipe with these flags, in one process or several."""
+    command = [sys.executable]
+    if launch.processes > 1:
+        command += ["-m", "accelerate.commands.launch", f"--num_processes={launch.processes}"]
+        if launch.accelerate_config:
+            command += [f"--config_file={launch.accelerate_config}"]
+        else:  # "multi_gpu" is accelerate's word for torchrun, which starts processes on CPUs as well
+            command += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        command += ["--main_process_port=0"]
+    return [*command, str(recipes_folder() / f"{suite.recipe}.py"), *as_arguments(flags)]
 
 
 def as_arguments(flags: Mapping[str, Any]) -> list[str]:
@@ -129,16 +133,3 @@ def as_arguments(flags: Mapping[str, Any]) -> list[str]:
         elif value is not None:
             arguments += [f"--{name}={as_text(value)}"]
     return arguments
-
-
-def launcher(suite: Suite, launch: Launch) -> list[str]:
-    """The start of a run's command, before its flags."""
-    script = str(recipes_folder() / f"{suite.recipe}.py")
-    if launch.processes == 1 and launch.accelerate_config is None:
-        return [sys.executable, script]
-    command = [sys.executable, "-m", "accelerate.commands.launch", f"--num_processes={launch.processes}"]
-    if launch.accelerate_config:
-        command += [f"--config_file={launch.accelerate_config}"]
-    else:  # "multi_gpu" is accelerate's word for torchrun, which starts processes on CPUs as well
-        command += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    return [*command, "--main_process_port=0", script]

@@ -19,8 +19,8 @@ from typing import Any, TextIO
 import psutil
 
 from hf_noneuclid.experiments.common import ExitCode, InputError
-from hf_noneuclid.experiments.sweeping.commands import Launch, as_arguments, launcher, recipe_flags
-from hf_noneuclid.experiments.sweeping.suite import Result, Run, Suite
+from hf_noneuclid.experiments.sweeping.commands import Launch, command_of, recipe_flags
+from hf_noneuclid.experiments.sweeping.suite import Result, Run, State, Suite
 from hf_noneuclid.experiments.training.checkpoints import checkpoints_of, read_state
 
 PATIENCE = 10.0  # seconds between asking a process to end and killing it
@@ -62,18 +62,21 @@ class Executor:
     def _do(self, run: Run, folder: Path, log: TextIO, stop: Event, slot: int) -> Result | None:
         flags = recipe_flags(self.suite, run, self.launch.processes)
         note, metrics = folder / "run.json", folder / "metrics.json"
-        known = self._is_ours(note, flags)
-        if known and metrics.is_file():
-            resumed = json.loads(note.read_text(encoding="utf-8"))["resumed"]
+        identity = {"study": self.study_id, "flags": flags}
+        try:
+            known = json.loads(note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        resumed = known.pop("resumed", False)
+        if known == identity and metrics.is_file():  # the worker that started the run is dead
             seconds = None if resumed else metrics.stat().st_mtime - note.stat().st_mtime
             return self._result(run, folder, 0, seconds)
-        resumed = known and can_resume(folder)
-        content = {"study": self.study_id, "flags": flags, "resumed": resumed}
-        note.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        resumed = known == identity and can_resume(folder)
+        note.write_text(json.dumps({**identity, "resumed": resumed}, indent=2) + "\n", encoding="utf-8")
         metrics.unlink(missing_ok=True)  # of another study, or of an attempt that failed
         if not resumed:
             log.truncate(0)
-        command = [*launcher(self.suite, self.launch), *as_arguments(flags), f"--output_dir={folder}"]
+        command = [*command_of(self.suite, self.launch, flags), f"--output_dir={folder}"]
         command += ["--resume_from_checkpoint=true" if resumed else "--overwrite_output_dir=true"]
         start = time.monotonic()
         code = _wait(command, log, self.launch.environment(slot), stop)
@@ -98,17 +101,9 @@ class Executor:
         if not self.keep_models:
             for item in (item for pattern in WEIGHTS for item in folder.glob(pattern)):
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
-        if metrics["diverged"]:
-            return Result(run, "diverged", None, metrics.get("diverged_at"), seconds, metrics, history)
-        return Result(run, "done", metrics["eval_loss"], None, seconds, metrics, history)
-
-    def _is_ours(self, note: Path, flags: Mapping[str, Any]) -> bool:
-        """Whether the folder holds this run of this study."""
-        try:
-            found = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return (found.get("study"), found.get("flags")) == (self.study_id, dict(flags))
+        loss = None if metrics["diverged"] else metrics["eval_loss"]
+        state: State = "diverged" if metrics["diverged"] else "done"
+        return Result(run, state, loss, metrics.get("diverged_at"), seconds, metrics, history)
 
 
 def run_folder(output_dir: Path, run: Run) -> Path:
@@ -162,14 +157,8 @@ def _lock(stream: TextIO, stop: Event) -> bool:
 
 def _wait(command: Sequence[str], log: TextIO, environment: Mapping[str, str], stop: Event) -> int | None:
     """Runs a command to its end and gives its exit code; None if it was stopped."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
     try:
         while process.poll() is None and not stop.is_set():
             with contextlib.suppress(subprocess.TimeoutExpired):

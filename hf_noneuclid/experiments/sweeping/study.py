@@ -62,8 +62,6 @@ def open_study(storage: str | Path, name: str | None = None, *, suite: Suite | N
 
 
 def _backend(storage: str, create: bool) -> RDBStorage:
-    if "://" in storage and not storage.startswith("sqlite"):
-        return _with_heartbeat(storage, {"pool_pre_ping": True})
     if "://" not in storage:
         path = Path(storage).absolute()
         if not create and not path.is_file():
@@ -72,7 +70,15 @@ def _backend(storage: str, create: bool) -> RDBStorage:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{path}"
-    backend = _with_heartbeat(storage, {"connect_args": {"timeout": 60}})
+    is_sqlite = storage.startswith("sqlite")
+    settings = {"connect_args": {"timeout": 60}} if is_sqlite else {"pool_pre_ping": True}
+    with warnings.catch_warnings():  # heartbeats are experimental
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        backend = RDBStorage(
+            storage, engine_kwargs=settings, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+        )
+    if not is_sqlite:
+        return backend
 
     # Optuna claims a trial by reading its state with FOR UPDATE and then writing it. SQLite has no such lock:
     # two processes could both read before either writes, and both would claim the trial. Therefore every
@@ -87,12 +93,6 @@ def _backend(storage: str, create: bool) -> RDBStorage:
 
     backend.engine.dispose()  # the connections that were made before the listeners
     return backend
-
-
-def _with_heartbeat(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return RDBStorage(url, engine_kwargs=engine_kwargs, heartbeat_interval=HEARTBEAT, grace_period=GRACE)
 
 
 def suite_of(study: optuna.Study) -> Suite:

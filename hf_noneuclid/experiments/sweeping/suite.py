@@ -16,15 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_noneuclid.experiments.common import InputError, recipes_folder
-from hf_noneuclid.experiments.sweeping.suite_file import Scalar, read_suite
+from hf_noneuclid.experiments.sweeping.suite_file import read_suite
 
-DESCRIPTION = (
-    "name",
-    "about",
-    "launch",
-    "report",
-    "hours",
-)  # may change without making it another comparison
+DESCRIPTION = ("name", "about", "launch", "report")  # may change without making it another comparison
 ROUNDING = 1e-6  # decades: 3e-3 and 3e-2 are within one
 
 State = Literal["done", "diverged", "failed", "refused", "running", "waiting"]
@@ -45,7 +39,7 @@ class Run:
     method: str
     learning_rate: float
     seed: int
-    method_options: Mapping[str, Scalar] = field(default_factory=dict)
+    method_options: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __hash__(self) -> int:
@@ -114,7 +108,6 @@ class Suite:
         more_seeds: ``seeds`` that are added ``within_decades`` of the best learning rate of a curve.
         launch: ``processes`` of a run, ``accelerate_config``, ``threads`` of a process.
         report: Settings of the report.
-        hours: Measured cost of the suite; None where it was not measured.
     """
 
     name: str
@@ -126,7 +119,6 @@ class Suite:
     seeds: Sequence[int]
     more_seeds: Mapping[str, Any]
     report: Mapping[str, Any]
-    hours: float | None
     launch: Mapping[str, Any]
 
     def runs(self) -> list[Run]:

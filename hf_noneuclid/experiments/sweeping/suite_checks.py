@@ -1,4 +1,4 @@
-"""Whether what a suite names exists: methods, their options, flags of the recipe, files."""
+"""Whether what a suite names exists: methods, their options, flags of the recipe, the model."""
 
 import difflib
 from argparse import ArgumentError
@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
 
-from hf_noneuclid.experiments.common import InputError, option_pairs
+from hf_noneuclid.experiments.common import InputError, option_pairs, require
 from hf_noneuclid.experiments.sweeping.commands import as_arguments, recipe_flags
 from hf_noneuclid.experiments.sweeping.suite import Suite
 from hf_noneuclid.experiments.training import options
@@ -38,10 +38,9 @@ def check_suite(suite: Suite, processes: int) -> None:
         except ArgumentError as error:
             raise InputError(f"{where}: {error}") from error
     for name in FILES:
-        value = suite.options.get(name) or []
-        for path in value if isinstance(value, list) else [value]:
-            if not Path(path).is_file():
-                raise InputError(f"{name}: there is no file {path}")
+        paths = suite.options.get(name) or []
+        for path in paths if isinstance(paths, list) else [paths]:
+            require(Path(path).is_file(), f"{name}: there is no file {path}")
 
 
 def check_model(suite: Suite) -> None:
@@ -65,15 +64,12 @@ def parser_of(recipe: str) -> HfArgumentParser:
 
 
 def _check_method(method: str, text: str, where: str) -> None:
-    if method not in all_names():
-        others = [item.value for item in OptimizerNames if item.value not in all_names()]
-        if method not in others:
-            raise InputError(
-                f"{where}: unknown method {method!r}; known are {', '.join([*METHODS, FREE_METHOD])}, "
-                f"and the Trainer's {', '.join(others)}"
-            )
-        return  # the Trainer checks the options of its own optimizers
-    try:
-        resolve(method, **parse_options(option_pairs(text)))
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from error
+    if method in all_names():
+        try:
+            resolve(method, **parse_options(option_pairs(text)))
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
+        return
+    others = [item.value for item in OptimizerNames if item.value not in all_names()]
+    known = f"{', '.join([*METHODS, FREE_METHOD])}, and the Trainer's {', '.join(others)}"
+    require(method in others, f"{where}: unknown method {method!r}; known are {known}")

@@ -7,14 +7,12 @@ from typing import Any
 
 import yaml
 
-from hf_noneuclid.experiments.common import InputError
+from hf_noneuclid.experiments.common import InputError, require
 from hf_noneuclid.experiments.secrets import holds_secret
-
-Scalar = str | int | float | bool | None
 
 RECIPES = ("pretrain", "finetune", "classify")
 REQUIRED_KEYS = ("about", "recipe", "grid")
-KEYS = (*REQUIRED_KEYS, "options", "per_method", "seeds", "more_seeds", "launch", "report", "hours")
+KEYS = (*REQUIRED_KEYS, "options", "per_method", "seeds", "more_seeds", "launch", "report")
 BLOCK_KEYS = ("method", "learning_rate", "method_options", "options")
 MORE_SEEDS = {"seeds": [], "within_decades": 1.0}
 LAUNCH = {"processes": None, "accelerate_config": None, "threads": 1}
@@ -41,50 +39,46 @@ def read_suite(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"{where}: {error}") from error
     given = _mapping(content, where, KEYS)
     for key in REQUIRED_KEYS:
-        _require(given.get(key), f"{where}: {key} is missing or empty")
-    recipe, hours = given["recipe"], given.get("hours")
-    _require(recipe in RECIPES, f"{where}: unknown recipe {recipe!r}; known are {', '.join(RECIPES)}")
-    grid = [
-        _block(block, f"{where}, grid block {i}") for i, block in enumerate(_list(given["grid"]), start=1)
-    ]
+        require(given.get(key), f"{where}: {key} is missing or empty")
+    recipe = given["recipe"]
+    require(recipe in RECIPES, f"{where}: unknown recipe {recipe!r}; known are {', '.join(RECIPES)}")
+    grid = [_block(block, f"{where}, grid block {i}") for i, block in enumerate(_list(given["grid"]), 1)]
     methods = sorted({method for block in grid for method in block["method"]})
     per_method = _mapping(given.get("per_method"), f"{where}, per_method")
     for method in per_method:
-        _require(method in methods, f"{where}: {method} is not in the grid; it has {', '.join(methods)}")
+        require(method in methods, f"{where}: {method} is not in the grid; it has {', '.join(methods)}")
     return {
         "about": str(given["about"]).strip(),
         "recipe": recipe,
         "options": _flags({**_mapping(given.get("options"), where), **overrides}, f"{where}, options"),
         "grid": grid,
         "per_method": {m: _flags(_mapping(flags, where), f"{where}, {m}") for m, flags in per_method.items()},
-        "seeds": _integers(given.get("seeds", [0]), f"{where}, seeds"),
+        "seeds": _integers(given.get("seeds") or [0], f"{where}, seeds"),
         "more_seeds": _more_seeds(given.get("more_seeds"), f"{where}, more_seeds"),
         "launch": _launch(given.get("launch"), f"{where}, launch"),
         "report": _mapping(given.get("report"), f"{where}, report"),
-        "hours": None if hours is None else _positive(hours, f"{where}, hours"),
     }
 
 
 def _block(content: Any, where: str) -> dict[str, Any]:
     block = _mapping(content, where, BLOCK_KEYS)
     lists = {name: _list(block.get(name)) for name in ("method", "learning_rate")}
-    options = {name: _mapping(block.get(name), f"{where}, {name}") for name in ("method_options", "options")}
-    choices = {name: {key: _list(value) for key, value in given.items()} for name, given in options.items()}
-    for name, values in [*lists.items(), *choices["method_options"].items(), *choices["options"].items()]:
-        _require(values, f"{where}: {name} is missing or empty, so there is nothing to run")
-    return {
-        "method": [str(name) for name in lists["method"]],
-        "learning_rate": [_positive(rate, f"{where}, learning_rate") for rate in lists["learning_rate"]],
-        "method_options": choices["method_options"],
-        "options": _flags(choices["options"], where),
+    options = {
+        name: {key: _list(value) for key, value in _mapping(block.get(name), where).items()}
+        for name in ("method_options", "options")
     }
+    for name, values in [*lists.items(), *options["method_options"].items(), *options["options"].items()]:
+        require(values, f"{where}: {name} is missing or empty, so there is nothing to run")
+    rates = [_positive(rate, f"{where}, learning_rate") for rate in lists["learning_rate"]]
+    _flags(options["options"], where)
+    return {"method": [str(name) for name in lists["method"]], "learning_rate": rates, **options}
 
 
 def _flags(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, value in flags.items():
-        _require(key not in RESERVED, f"{where}: {key} is set by the sweep for every run; leave it out")
-        _require(value != REQUIRED, f"{where}: {key} must be given: --option {key}=...")
-        _require(
+        require(key not in RESERVED, f"{where}: {key} is set by the sweep for every run; leave it out")
+        require(value != REQUIRED, f"{where}: {key} must be given: --option {key}=...")
+        require(
             not holds_secret(key, value),
             f"{where}: {key} holds a secret, and everyone who reads the study could read it. Leave it out, "
             "and set HF_TOKEN in the environment of the sweep instead",
@@ -94,32 +88,27 @@ def _flags(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _more_seeds(content: Any, where: str) -> dict[str, Any]:
     values = {**MORE_SEEDS, **_mapping(content, where, MORE_SEEDS)}
-    decades = _number(values["within_decades"])
-    _require(decades >= 0, f"{where}: within_decades must not be negative, not {values['within_decades']!r}")
-    seeds = _integers(values["seeds"], where) if values["seeds"] else []
-    return {"seeds": seeds, "within_decades": decades}
+    decades = values["within_decades"]
+    is_distance = isinstance(decades, int | float) and decades >= 0
+    require(is_distance, f"{where}: within_decades must be a number of at least 0, not {decades!r}")
+    return {"seeds": _integers(values["seeds"], where), "within_decades": decades}
 
 
 def _launch(content: Any, where: str) -> dict[str, Any]:
     values = {**LAUNCH, **_mapping(content, where, LAUNCH)}
     for key in ("processes", "threads"):
-        is_count = values[key] is None or (_is_integer(values[key]) and values[key] > 0)
-        _require(is_count, f"{where}: {key} must be an integer of at least 1, not {values[key]!r}")
+        is_count = values[key] is None or (type(values[key]) is int and values[key] > 0)
+        require(is_count, f"{where}: {key} must be an integer of at least 1, not {values[key]!r}")
     return values
-
-
-def _require(holds: Any, message: str) -> None:
-    if not holds:
-        raise InputError(message)
 
 
 def _mapping(content: Any, where: str, known: Iterable[str] | None = None) -> dict[str, Any]:
     is_mapping = isinstance(content, dict | None)
-    _require(is_mapping, f"{where}: expected `key: value` lines, found {content!r}")
+    require(is_mapping, f"{where}: expected `key: value` lines, found {content!r}")
     given = {str(key): value for key, value in (content or {}).items()}
     for key in given:
         is_known = known is None or key in known
-        _require(is_known, f"{where}: unknown key {key!r}; known are {', '.join(known or ())}")
+        require(is_known, f"{where}: unknown key {key!r}; known are {', '.join(known or ())}")
     return given
 
 
@@ -130,24 +119,16 @@ def _list(content: Any) -> list[Any]:
 
 def _integers(content: Any, where: str) -> list[int]:
     values = _list(content)
-    are_integers = values and all(map(_is_integer, values))
-    _require(are_integers, f"{where}: expected a list of integers, found {content!r}")
+    are_integers = all(type(value) is int for value in values)
+    require(are_integers, f"{where}: expected a list of integers, found {content!r}")
     return values
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _positive(value: Any, where: str) -> float:
-    _require(_number(value) > 0, f"{where}: expected a number above 0, found {value!r}")
-    return _number(value)
-
-
-def _number(value: Any) -> float:
-    """The value as a finite number, otherwise NaN. YAML reads 1e-3 as a string."""
+    """The value as a number. YAML reads 1e-3 as a string."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+        number = math.nan
+    require(0 < number < math.inf, f"{where}: expected a number above 0, found {value!r}")
+    return number

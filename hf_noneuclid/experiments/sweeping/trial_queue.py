@@ -9,6 +9,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import optuna
 from optuna.trial import Trial, TrialState
@@ -36,12 +37,7 @@ class TrialQueue:
 
     def __init__(self, study: optuna.Study, suite: Suite) -> None:
         self.study, self.suite = study, suite
-        self.study.sampler = optuna.samplers.RandomSampler()  # every parameter is set; nothing is sampled
         self._lock = threading.Lock()
-        runs = suite.possible_runs()
-        self._curves = list(dict.fromkeys(run.label for run in runs))
-        rates, seeds = [run.learning_rate for run in runs], [run.seed for run in runs]
-        self._rates, self._seeds = (min(rates), max(rates)), (min(seeds), max(seeds))
 
     def refill(self) -> bool:
         """Enqueues the runs that are wanted, not ended and not in the queue; says whether any run waits."""
@@ -74,11 +70,14 @@ class TrialQueue:
             key = trial.user_attrs.get("run")
             if key is None or self._is_duplicate(trial.number, key):  # None: another worker took the last one
                 raise optuna.TrialPruned
-            self._describe(trial)
+            # Optuna's thread may not have done this yet. A trial without a heartbeat is never given back.
+            storage: Any = trial.storage
+            storage.record_heartbeat(trial._trial_id)
             result = execute(Run.from_key(key), stop, slot)
             if result is None:
                 raise _NoLossError
-            if result.state == "refused" and not self._has_results():
+            states = [found.state for found in results(self.study)]
+            if result.state == "refused" and "done" not in states and "diverged" not in states:
                 raise InputError(
                     f"{result.run.label}: the recipe refuses its input; {result.metrics['reason']}"
                 )
@@ -110,22 +109,12 @@ class TrialQueue:
         return list(self.study.get_trials(deepcopy=False, states=states))
 
     def _enqueue(self, run: Run) -> None:
-        parameters = {"curve": run.label, "learning_rate": run.learning_rate, "seed": run.seed}
-        self.study.enqueue_trial(parameters, user_attrs={"run": run.key})
-
-    def _describe(self, trial: Trial) -> None:
-        """Stores the run as parameters, which Optuna's own tools show."""
-        trial.suggest_categorical("curve", self._curves)
-        trial.suggest_float("learning_rate", *self._rates, log=True)
-        trial.suggest_int("seed", *self._seeds)
+        self.study.enqueue_trial({}, user_attrs={"run": run.key})
 
     def _is_duplicate(self, number: int, key: str) -> bool:
         trials = by_run(self.study.get_trials(deepcopy=False))[key]
         earlier = any(trial.number < number and trial.state in ALIVE for trial in trials)
         return earlier or any(trial.state == TrialState.COMPLETE for trial in trials)
-
-    def _has_results(self) -> bool:
-        return any(result.state in ("done", "diverged") for result in results(self.study))
 
 
 def run_worker(

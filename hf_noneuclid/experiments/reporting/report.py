@@ -1,0 +1,51 @@
+"""Writing a report: report.md, results.json and the figures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_noneuclid.experiments.common import InputError, finite, require, write_whole
+from hf_noneuclid.experiments.reporting.curves import Curve
+from hf_noneuclid.experiments.reporting.figures import draw
+from hf_noneuclid.experiments.reporting.summary import FINISHED, restore, summarise
+from hf_noneuclid.experiments.reporting.text import CAPTIONS, markdown
+from hf_noneuclid.experiments.sweeping.suite import Result, Suite
+
+
+def report(suite: Suite, found: Sequence[Result], folder: Path) -> Path:
+    """Writes report.md, results.json and the figures to a folder, and gives the path of report.md.
+
+    Raises:
+        InputError: No run has ended, or the folder cannot be written to.
+    """
+    ended = any(result.state in FINISHED for result in found)
+    require(ended, f"suite {suite.name}: no run has ended yet; start or continue noneuclid sweep first")
+    return _write(folder, *summarise(suite, found))
+
+
+def report_again(results_folder: Path, folder: Path) -> Path:
+    """Writes a report again from the results.json of an earlier one.
+
+    Raises:
+        InputError: There is no results.json, or the folder cannot be written to.
+    """
+    path = results_folder / "results.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--results {results_folder}: {path} cannot be read: {error}") from error
+    return _write(folder, *restore(stored))
+
+
+def _write(folder: Path, summary: dict[str, Any], curves: Sequence[Curve]) -> Path:
+    text = json.dumps(finite(summary), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(folder, curves)
+        write_whole(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
+        page = markdown(summary, curves, [name for name in CAPTIONS if (folder / name).is_file()])
+        write_whole(folder / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written to: {error}; give another") from error
+    return folder / "report.md"
