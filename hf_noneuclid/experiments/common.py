@@ -64,12 +64,7 @@ def package_folder(name: str, hint: str) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a temporary file beside ``path`` and renames it, so that no reader sees half of it.
-
-    Args:
-        path: File in a folder that exists.
-        write: Called with the path of the temporary file.
-    """
+    """Calls ``write`` with a temporary file beside ``path`` and renames it: no reader sees half of it."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)

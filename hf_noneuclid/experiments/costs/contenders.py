@@ -99,7 +99,5 @@ def _ours(name: str, model: nn.Module, method: str, options: str) -> Contender:
     # Stale norms keep all polar factors in memory until a first good step is sure to have been taken.
     is_stale = optimizer.param_groups[0]["nuclear_norm"] == "stale"
     return Contender(
-        name,
-        lambda: optimizer.step(loss=loss),
-        warm_up_steps=FATAL_RUN if is_stale else WARM_UP_STEPS,
+        name, lambda: optimizer.step(loss=loss), warm_up_steps=FATAL_RUN if is_stale else WARM_UP_STEPS
     )

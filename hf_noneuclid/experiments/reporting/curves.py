@@ -116,9 +116,7 @@ class Curve:
 def build_curves(wanted: Sequence[Run], results: Sequence[Result]) -> list[Curve]:
     """The curves of a suite by setting, by method as the suite orders them, and by lower bound.
 
-    Args:
-        wanted: All runs of the suite; those without a result are missing.
-        results: One for each run that has any.
+    ``wanted`` are all runs of the suite; a run that has no result is missing.
     """
     by_run = {result.run: result for result in results}
     groups: dict[str, list[Run]] = defaultdict(list)
@@ -139,8 +137,7 @@ def build_curves(wanted: Sequence[Run], results: Sequence[Result]) -> list[Curve
         curves.append(Curve(first.method, *options, tuple(_points(runs, by_run)), names[setting]))
     order = list(names.values())
     return sorted(
-        curves,
-        key=lambda c: (order.index(c.setting), methods.index(c.method), bound_order(c.method_options)),
+        curves, key=lambda c: (order.index(c.setting), methods.index(c.method), bound_order(c.method_options))
     )
 
 

@@ -70,10 +70,7 @@ def _number_or_text(label: str) -> tuple[bool, float, str]:
 
 
 def encode(
-    rows: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    args: ClassifyDataArguments,
-    names: list[str],
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, args: ClassifyDataArguments, names: list[str]
 ) -> Blocks:
     """Makes tokens, cut to ``--block_size``, and numbers of classes."""
     pairs = list(zip(rows[args.text_column], _labels(rows, args.label_column), strict=True))
