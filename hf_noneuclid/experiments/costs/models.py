@@ -25,9 +25,7 @@ MODELS: dict[str, Config] = {
 
 
 def load_config(name: str) -> Config:
-    """Reads the configuration of a model.
-
-    ``name`` is a key of ``MODELS``, a folder, a ``config.json``, or an id of the Hub.
+    """Reads a configuration: a key of ``MODELS``, a folder, a ``config.json``, or an id of the Hub.
 
     Raises:
         ValueError: There is no such configuration.
