@@ -154,7 +154,7 @@ def create_groups(
     groups, table = route_parameters(
         model, vector_norm=method.vector_norm, matrix_lr_scale=matrix_lr_scale, **routing
     )
-    logger.info("what is stepped as what:\n%s", table)
+    logger.info("matrices and vectors:\n%s", table)
     return groups
 
 
