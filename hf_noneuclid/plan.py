@@ -90,18 +90,8 @@ def make_plan(
             none of them requires a gradient.
     """
     options = Options.of(groups[0])
-    names = [parameter_names(group, i, len(given[i])) for i, group in enumerate(groups)]
-    grid, shards = find_shards([group["params"] for group in groups], given, names)
-    parameters = [
-        x
-        for x in make_parameters(groups, names, shards, options.descent)
-        # A frozen parameter with a history counts: its momentum decays, and the model of the loss knows it.
-        if x.elements and (x.is_trained or x.shard.tensor in state)
-    ]
-    if not any(x.is_trained for x in parameters):
-        raise RuntimeError("no parameter of the optimizer requires a gradient: there is nothing to step.")
-    intervals = gather_intervals([x.name for x in parameters], [x.shard for x in parameters], grid)
-
+    grid, held = _find_parameters(groups, given, options, state)
+    parameters = list(held)
     is_wide = any(x.shard.tensor.dtype == torch.float64 for x in parameters)
     like = torch.zeros((), dtype=torch.float64 if is_wide else torch.float32, device=grid.device)
     bound = lower_bound(
@@ -118,7 +108,6 @@ def make_plan(
         stale=options.nuclear_norm == "stale",
         like=like,
     )
-    held = dict(zip(parameters, intervals, strict=True))
     matrices, vectors, frozen = _BucketMaker(options, grid, held, memory, like).make()
     buckets: list[Bucket] = [*matrices, *vectors, *frozen]
     in_matrices = [x for bucket in matrices for x in bucket.parameters]
@@ -144,6 +133,27 @@ def make_plan(
         bound_memory=memory.bound_memory,
         stale_norms=[memory.nuclear_norms(x) for x in in_matrices] if options.nuclear_norm == "stale" else [],
     )
+
+
+def _find_parameters(
+    groups: Sequence[Mapping[str, Any]],
+    given: Sequence[Sequence[Tensor | None]],
+    options: Options,
+    state: State,
+) -> tuple[ProcessGrid, dict[LocalParameter, list[Interval]]]:
+    """The processes, and the parameters of the plan with the elements that each shard holds of them."""
+    names = [parameter_names(group, i, len(given[i])) for i, group in enumerate(groups)]
+    grid, shards = find_shards([group["params"] for group in groups], given, names)
+    parameters = [
+        x
+        for x in make_parameters(groups, names, shards, options.descent)
+        # A frozen parameter with a history counts: its momentum decays, and the model of the loss knows it.
+        if x.elements and (x.is_trained or x.shard.tensor in state)
+    ]
+    if not any(x.is_trained for x in parameters):
+        raise RuntimeError("no parameter of the optimizer requires a gradient: there is nothing to step.")
+    intervals = gather_intervals([x.name for x in parameters], [x.shard for x in parameters], grid)
+    return grid, dict(zip(parameters, intervals, strict=True))
 
 
 def _gradient_limits(local: Sequence[LocalParameter], like: Tensor) -> Tensor:
