@@ -1,0 +1,1 @@
+"""Memory, communication and operations of a step."""

@@ -1,0 +1,1 @@
+"""Curves, tables and figures of a sweep."""

@@ -1,0 +1,1 @@
+"""Options, data, models and results: what the three recipes need."""
