@@ -25,6 +25,7 @@ from .elementwise import (
     largest_entries,
     move_,
     scale_,
+    square_norm,
     stack_scalars,
     wide_dtype,
 )
@@ -190,6 +191,10 @@ class Bucket:
     def slope(self, grads: Tensors) -> Tensor:
         """⟨g, u⟩ with the last step u, 0-d: how fast the loss still falls along it."""
         return inner_product(grads, self.last_steps(), self._workplace.like, self._workplace.chunk)
+
+    def square(self, grads: Tensors) -> Tensor:
+        """‖g‖², 0-d."""
+        return square_norm(grads, self._workplace.like, self._workplace.chunk)
 
     def accumulate(self, grads: Tensors, ok: Tensor, weight: Tensor, second_weight: Tensor) -> None:
         """Averages gradients into m and their squares into v.

@@ -108,6 +108,12 @@ def inner_product(xs: Sequence[Tensor], ys: Sequence[Tensor], like: Tensor, limi
     return stack_scalars(products, like).sum()
 
 
+def square_norm(xs: Sequence[Tensor], like: Tensor, limit: int) -> Tensor:
+    """Σ‖x‖² over tensors, 0-d, of the dtype and device of ``like``, taken in chunks of so many bytes."""
+    norms = [norm for _, (x,) in chunks(limit, xs) for norm in torch._foreach_norm(x)]
+    return stack_scalars(norms, like).square().sum()
+
+
 def inner_products(xs: Tensors, ys: Tensors) -> list[Tensor]:
     """⟨x, y⟩ of each pair of tensors of one shape, 0-d, in float32 at least."""
     products = []

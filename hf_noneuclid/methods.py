@@ -43,7 +43,7 @@ _PLAIN = {
     "muonmax": Method("regularized", "hybrid", "ada_l2"),
 }
 
-DEFAULT_STEP_SIZE: StepSizeName = "momo"
+DEFAULT_STEP_SIZE: StepSizeName = "momo+slope"
 """Of the methods with Momo."""
 
 METHODS: dict[str, Method] = {
@@ -66,9 +66,6 @@ ALIASES: dict[str, str] = {
 }
 
 DEFAULT_MATRIX_LR_SCALE: float = options.default_of(MethodOptions, "matrix_lr_scale")
-DEFAULT_LOWER_BOUND = "auto"
-"""Of the methods with Momo. The paper's is 0.0."""
-
 _CHOICES = ("descent", "product_norm", "vector_norm")
 """What makes a method; options of ``noneuclid`` alone."""
 _BY_PARAMETER = ("weight_decay", "spectral_scale")
@@ -157,7 +154,7 @@ def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
     else:
         settings = METHODS[name]
     settings = dataclasses.replace(settings, step_size=values.pop("step_size", settings.step_size))
-    return settings, {"loss_lower_bound": DEFAULT_LOWER_BOUND, **values} if settings.momo else values
+    return settings, values
 
 
 def create_groups(

@@ -104,6 +104,26 @@ class Fixed(LowerBound):
         return torch.full_like(seen.model, self.value)
 
 
+@dataclass(frozen=True, slots=True)
+class Believed(Fixed):
+    """A number that is believed until a loss is below it, and bounds nothing from then on.
+
+    It is for step sizes that something else bounds as well, so that a loss that turns out to be negative does
+    not stop the training. Its memory is 1 from then on.
+    """
+
+    initial: ClassVar[tuple[float, ...]] = (0.0,)
+
+    def bound(self, memory: Tensor, seen: Seen) -> Tensor:
+        return torch.where(self._is_refuted(memory, seen), NO_BOUND, self.value)
+
+    def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
+        return self._is_refuted(memory, seen).to(memory.dtype).reshape(1)
+
+    def _is_refuted(self, memory: Tensor, seen: Seen) -> Tensor:
+        return (memory[0] > 0) | (seen.loss < self.value)
+
+
 class Star(LowerBound):
     """``star``: the online estimate of MoMo, the largest bound for which the last step was right.
 
@@ -187,7 +207,9 @@ class Scheduled(Relative):
         return torch.where(mean.isnan(), NO_BOUND, torch.minimum(below, mean - self.slack))
 
 
-def lower_bound(value: float | str, fraction: float, horizon: float, slack: float) -> LowerBound:
+def lower_bound(
+    value: float | str, fraction: float, horizon: float, slack: float, *, alone: bool
+) -> LowerBound:
     """The lower bound that the option ``loss_lower_bound`` means.
 
     Args:
@@ -195,6 +217,7 @@ def lower_bound(value: float | str, fraction: float, horizon: float, slack: floa
         fraction: Of ``relative`` and ``auto``.
         horizon: The same.
         slack: Of ``auto``.
+        alone: Nothing but Momo and the learning rate bounds the step size.
     """
     if isinstance(value, str):
         rules = {
@@ -203,4 +226,4 @@ def lower_bound(value: float | str, fraction: float, horizon: float, slack: floa
             "star": Star(),
         }
         return rules[value]
-    return Fixed(value)
+    return Fixed(value) if alone else Believed(value)

@@ -25,7 +25,7 @@ from .momo import Seen, model_value, truncated_step_size
 from .nuclear_norms import Measured
 from .options import Options, is_bounded_by
 from .plan import Plan, make_plan
-from .slope import Pace, advance
+from .slope import Pace, Reading, advance
 
 Loss = Tensor | float
 Clipping = Tensor | float | Callable[[], Tensor | float]
@@ -47,7 +47,8 @@ class Checked(NamedTuple):
     inner: Tensor
     """Σ⟨p, g⟩; 0 without Momo."""
     slopes: Tensor
-    """⟨g, u⟩ with the last step u, over matrices and over vectors, of shape (2,); 0 without the slope."""
+    """⟨g, u⟩ with the last step u, and ‖g‖², over matrices and over vectors, of shape (4,); 0 without the
+    slope."""
 
 
 class DualNorms(NamedTuple):
@@ -285,25 +286,37 @@ class NonEuclideanDescent(Optimizer):
     ) -> StepSize:
         """τ: the smallest of the learning rate and of what the slope and Momo allow."""
         options, shared = plan.options, plan.shared
+        # By the slope η bounds the length, which does not depend on the size of the gradients.
+        limit = torch.where(D == 0, 0, plan.eta / unit if options.slope else plan.eta)
+        tau, bound, is_truncated = limit, None, torch.zeros_like(checked.ok)
         learned: dict[str, Tensor] = {}
-        tau = torch.where(D == 0, 0, plan.eta).expand(2)
+        if checked.loss is not None and options.momo:
+            rule, memory = plan.lower_bound, shared.get("lower_bound_memory", plan.like)
+            weight = shared["running_weight"]
+            seen = Seen(checked.loss, model_value(shared["running_loss"], inner) / weight, plan.eta)
+            bound = rule.bound(memory, seen)
+            height = rule.part(memory, seen) * (seen.model - bound) * weight
+            tau = truncated_step_size(limit, height, D, options.descent)
+            is_truncated = tau < limit
         if options.slope:
-            pace = Pace(*shared["pace"].view(-1, 2))
-            pace, allowed = advance(pace, checked.slopes, duals, plan.eta, unit, options.first_step)
-            tau, learned["pace"] = torch.minimum(tau, allowed), torch.cat(pace)
-        is_limited = ((tau == plan.eta) & (tau > 0)).any()
-        if checked.loss is None or not options.momo:
-            return StepSize(tau, is_limited, torch.zeros_like(is_limited), None, learned)
-        rule, memory = plan.lower_bound, shared.get("lower_bound_memory", plan.like)
-        weight = shared["running_weight"]
-        seen = Seen(checked.loss, model_value(shared["running_loss"], inner) / weight, plan.eta)
-        bound = rule.bound(memory, seen)
-        height = rule.part(memory, seen) * (seen.model - bound) * weight
-        truncated = truncated_step_size(tau, height, D, options.descent)
-        if rule.initial:
-            decrease = (truncated * unit * duals).sum() / weight
+            reading = Reading(checked.slopes[:2], checked.slopes[2:].sqrt(), duals, plan.eta, tau * unit)
+            pace, lengths = advance(
+                Pace(*shared["pace"].view(-1, 2)),
+                reading,
+                momentum=self.param_groups[0]["momentum"],
+                first_step=options.first_step,
+                regularized=options.descent == "regularized",
+            )
+            learned["pace"] = torch.cat(pace)
+            is_truncated = is_truncated & (lengths == reading.limit).any()
+            tau = torch.where(D == 0, 0, lengths / unit)
+        tau = tau.expand(2)
+        if bound is not None and rule.initial:
+            decrease = (tau * unit * duals).sum() / weight
             learned["lower_bound_memory"] = rule.remember(memory, seen, decrease)
-        return StepSize(truncated, is_limited, (truncated < tau).any(), bound, learned)
+        # The slope reaches η up to the rounding of a logarithm.
+        is_limited = ((tau >= (1 - 1e-5) * limit) & (tau > 0)).any()
+        return StepSize(tau, is_limited, is_truncated, bound, learned)
 
     def _apply(self, plan: Plan, dual: DualNorms, decided: Decided) -> None:
         """Phase 4: p ← (1 - τλ) p + coefficient u. What was learned for the next step is kept."""
@@ -505,12 +518,13 @@ def _inner(plan: Plan, xs: Sequence[Tensors]) -> Tensor:
 
 
 def _slopes(plan: Plan, grads: Sequence[Tensors]) -> list[Tensor]:
-    """This rank's part of ⟨g, u⟩ over matrices and over vectors; 0 without the slope."""
-    slopes = [plan.like, plan.like]
+    """This rank's part of ⟨g, u⟩ and of ‖g‖², over matrices and over vectors; 0 without the slope."""
+    facts = [plan.like] * 4
     if plan.options.slope and plan.grid.replica == 0:
         for bucket, g in zip(plan.moving, grads, strict=False):
-            slopes[bucket.part] = slopes[bucket.part] + bucket.slope(g)
-    return slopes
+            facts[bucket.part] = facts[bucket.part] + bucket.slope(g)
+            facts[2 + bucket.part] = facts[2 + bucket.part] + bucket.square(g)
+    return facts
 
 
 def _references(group: dict[str, Any]) -> list[weakref.ref[Tensor]]:

@@ -102,7 +102,7 @@ class Options:
         "rate",
     )
     first_step: float = _option(
-        _POSITIVE, "length of the first step, in the product norm", 1e-6, only="slope"
+        _POSITIVE, "length of the first step, in the product norm", 1e-5, only="slope"
     )
     loss_lower_bound: float | BoundRule = _option(
         _number_or(BOUND_RULES),

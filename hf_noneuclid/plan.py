@@ -101,6 +101,7 @@ def make_plan(
         options.lower_bound_fraction,
         options.lower_bound_horizon,
         options.lower_bound_slack,
+        alone=not options.slope,
     )
     memory = Memory(
         state,

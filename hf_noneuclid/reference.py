@@ -69,7 +69,7 @@ class ReferenceDescent:
         step_size: str = "rate",
         decay_at: str = "step",
         F_star: float = 0.0,
-        first_step: float = 1e-6,
+        first_step: float = 1e-5,
         beta: float = 0.95,
         beta2: float = 0.95,
         eps: float = 1e-8,
@@ -117,12 +117,16 @@ class ReferenceDescent:
         # The step size τ: η, or less where the slope says so, or where the model of the loss would fall
         # below F*.
         unit = D if self.descent == "regularized" else torch.ones_like(D)  # the length of a step with τ = 1
-        tau = [eta, eta]
-        if "slope" in self.bounds:
-            tau = self._follow_slope(shares, eta, unit.item(), is_first)
+        limit = eta / unit if "slope" in self.bounds else torch.full_like(D, eta)
         if "momo" in self.bounds:
+            if f < self.F_star and "slope" in self.bounds:
+                self.F_star = -1e30  # it was not a lower bound; the slope is enough
             h = self.f_bar + self._sum((x.p, x.m) for x in self.parameters) - self.weight * self.F_star
-            tau = [min(t, (h.clamp(min=0) / (D * unit)).item()) for t in tau]
+            limit = torch.minimum(limit, h.clamp(min=0) / (D * unit))
+        tau = [limit.item()] * 2
+        if "slope" in self.bounds:
+            lengths = self._follow_slope(shares, eta, D.item(), (limit * unit).item(), is_first)
+            tau = [length / unit.item() if D > 0 else 0.0 for length in lengths]
         tau = [t if D > 0 else 0.0 for t in tau]
 
         for x, c in zip(self.parameters, shares, strict=True):
@@ -131,16 +135,20 @@ class ReferenceDescent:
             x.p.mul_(1 - (t if self.decay_at == "step" else eta) * x.weight_decay).sub_(t * unit * x.last)
         return tau[0], tau[1]
 
-    def _follow_slope(self, shares: Tensor, eta: float, unit: float, is_first: bool) -> list[float]:
-        """τ of the matrices and of the vectors by the slope along the last step."""
-        tau = []
-        for k, pace in enumerate(self.paces):
-            part = [
-                (x, c) for x, c in zip(self.parameters, shares, strict=True) if (x.norm != "spectral") == k
-            ]
+    def _follow_slope(
+        self, shares: Tensor, eta: float, D: float, limit: float, is_first: bool
+    ) -> list[float]:
+        """The lengths of the steps of the matrices and of the vectors by the slope along the last step."""
+        lengths = []
+        for is_vector, pace in enumerate(self.paces):
+            pairs = zip(self.parameters, shares, strict=True)
+            part = [(x, c) for x, c in pairs if (x.norm != "spectral") == is_vector]
             slope = 0.0 if is_first else sum((x.g * x.last).sum().item() for x, _ in part)
-            tau.append(min(eta, pace.step_size(slope, sum((c * x.d).item() for x, c in part), eta, unit)))
-        return tau
+            norm = sqrt(sum(x.g.square().sum().item() for x, _ in part))
+            d = sum((c * x.d).item() for x, c in part)
+            unit = D if self.descent == "regularized" else None
+            lengths.append(pace.length(slope, norm, d, unit, eta, self.beta, limit))
+        return lengths
 
     def _measure(self, x: Parameter, is_first: bool) -> tuple[Tensor, Tensor]:
         """The dual norm and the steepest direction of the momentum of a parameter, where s = 1."""
@@ -176,33 +184,59 @@ class ReferenceDescent:
 
 
 class Pace:
-    """The step size of the matrices, or of the vectors, by the slope along their last step.
+    """How far the matrices, or the vectors, go by the slope along their last step.
 
     Args:
         first_step: Length of the first step.
     """
 
     def __init__(self, first_step: float) -> None:
-        self.first_step, self.peak = first_step, 0.0
-        self.log_tau: float | None = None
+        self.first_step, self.peak, self.norm, self.share = first_step, 0.0, 0.0, 0.0
+        self.log_length: float | None = None
         self.is_growing, self.steps = True, 0
         self.mean = self.last = self.largest = self.variance = 0.0
 
-    def step_size(self, slope: float, d: float, eta: float, unit: float) -> float:
-        """τ before it is bounded by η; ``unit`` is the length of a step with τ = 1."""
-        self.peak = max(self.peak, eta)
-        s = eta / self.peak if self.peak > 0 else 1.0
-        if self.log_tau is not None:
-            change = self._grow(slope) if self.is_growing else self._pursue(slope / max(d, TINY), s)
-            self.log_tau += change
-            if self.peak > 0:
-                self.log_tau = min(self.log_tau, log(self.peak))
-        elif unit > 0:
-            self.log_tau = log(self.first_step) - log(unit)
-        return 0.0 if self.log_tau is None else s * exp(self.log_tau)
+    def length(
+        self,
+        slope: float,
+        norm: float,
+        d: float,
+        D: float | None,
+        eta: float,
+        beta: float,
+        limit: float,
+    ) -> float:
+        """The length of the step.
+
+        Args:
+            slope: ⟨g, u⟩ with the last step u per unit of its length.
+            norm: ‖g‖ of the part.
+            d: Σ c_i d_i over the part.
+            D: The same over everything where the length is in proportion to it: in regularized descent.
+            eta: Learning rate η.
+            beta: β.
+            limit: The largest length that η and Momo allow.
+        """
+        is_first, self.peak = self.log_length is None, max(self.peak, eta)
+        self.norm = norm if is_first else beta * self.norm + (1 - beta) * norm
+        unit = 1.0 if D is None else max(D / max(self.norm, TINY), TINY)
+        if self.log_length is None:
+            if norm == 0:
+                return 0.0
+            self.log_length = log(self.first_step / unit)
+        elif norm > 0:
+            q = slope / norm / max(d / max(self.norm, TINY), TINY)
+            self.log_length += self._grow(slope / norm) if self.is_growing else self._pursue(q)
+        if not is_first and self.peak > 0:
+            self.log_length = min(self.log_length, log(self.peak / unit))
+        full = unit * exp(self.log_length)
+        support = min(1.0, 2 * norm / max(self.norm, TINY))
+        length = min(support * (eta / self.peak if self.peak > 0 else 1.0) * full, limit)
+        self.share = length / full
+        return length
 
     def _grow(self, slope: float) -> float:
-        """The change of log τ: 0.7 while the slope is what it was, a quarter when it has halved."""
+        """The change of the logarithm: 0.7 while the slope is what it was, a quarter when it has halved."""
         if self.steps == 0:
             self.mean = slope
         else:
@@ -214,15 +248,16 @@ class Pace:
         if self.steps > 1 and self.mean + noise < self.largest / 2:
             self.is_growing, self.mean, self.steps = False, 0.0, 0
             return log(0.25)
-        return 0.7 * clip(slope / max(self.largest, noise, TINY))
+        return self.share * 0.7 * clip(slope / max(self.largest, noise, TINY))
 
-    def _pursue(self, q: float, s: float) -> float:
-        """The change of log τ towards where the slope is 0.07 D."""
+    def _pursue(self, q: float) -> float:
+        """The change of the logarithm towards where the slope is 0.07 D."""
         q = clip(q)
-        self.mean += (q - self.mean) / 10
-        gain = 1.0 if self.mean > 0.15 else 2 / (2 + self.steps)
+        self.mean += self.share * (q - self.mean) / 10
         self.steps += 1
-        return gain * s**4 * (q - 0.07)
+        if self.mean > 0.15:
+            self.steps = min(self.steps, 3)
+        return 2 / (1 + self.steps) * self.share * (q - 0.07)
 
 
 def clip(x: float) -> float:

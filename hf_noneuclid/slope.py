@@ -36,7 +36,10 @@ RETREAT = 0.25
 TARGET = 0.07
 """The slope that pursuit aims at, as a part of D."""
 STEADY = 0.15
-"""A mean slope beyond this is no noise, and is followed at full speed."""
+"""A mean slope above this is not noise: steps are far too short, as after a change of the data. Corrections
+are large again then."""
+RESTART = 3
+"""As large as they were at this step."""
 
 PARTS = 2
 """Matrices, vectors."""
@@ -45,8 +48,8 @@ PARTS = 2
 class Pace(NamedTuple):
     """What the rule remembers, each of shape (2,): for the matrices and for the vectors."""
 
-    log_step_size: Tensor
-    """log τ, before the schedule; NaN before the first step."""
+    log_length: Tensor
+    """log of the length, before the schedule; in units of D over ‖g‖ if regularized. NaN at first."""
     is_growing: Tensor
     """1 or 0."""
     mean: Tensor
@@ -59,76 +62,103 @@ class Pace(NamedTuple):
     """Of the slopes in growth: half the mean square of their differences, which a trend hardly changes."""
     steps: Tensor
     """The steps in growth, or in pursuit."""
+    share: Tensor
+    """The part of its length that the last step went; the rest was forbidden by η, its schedule or Momo."""
+    gradient_norm: Tensor
+    """The running mean of ‖g‖, with the weights that the momentum has."""
     peak: Tensor
     """The highest learning rate so far."""
 
 
-INITIAL_PACE = [[x] * PARTS for x in (math.nan, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)]
+INITIAL_PACE = [[x] * PARTS for x in (math.nan, 1.0, *[0.0] * 8)]
 """The pace before the first step."""
 
 
+class Reading(NamedTuple):
+    """What the rule sees at a step."""
+
+    slopes: Tensor
+    """a = ⟨g, u⟩ with u the step before per unit of its length, of shape (2,)."""
+    gradient_norms: Tensor
+    """‖g‖, the Euclidean norms, of shape (2,)."""
+    duals: Tensor
+    """Σ c_i d_i, of shape (2,). Together they are D."""
+    lr: Tensor
+    """The scheduled learning rate η, 0-d."""
+    limit: Tensor
+    """The largest length that η and Momo allow, of shape (2,) or 0-d."""
+
+
 def advance(
-    pace: Pace, slopes: Tensor, duals: Tensor, lr: Tensor, unit: Tensor, first_step: float
+    pace: Pace, seen: Reading, *, momentum: float, first_step: float, regularized: bool
 ) -> tuple[Pace, Tensor]:
-    """Chooses the step sizes τ of the matrices and of the vectors for this step.
+    """Chooses the lengths of the steps of the matrices and of the vectors.
 
     Args:
         pace: What is remembered from the steps before.
-        slopes: a = ⟨g, u⟩ over the matrices and over the vectors, with u the step before per unit of its
-            length, of shape (2,).
-        duals: Σ c_i d_i over the matrices and over the vectors, of shape (2,). Together they are D.
-        lr: The scheduled learning rate η, 0-d.
-        unit: The length of a step with τ = 1, 0-d: 1 if constrained, D if regularized.
+        seen: What is seen at this step.
+        momentum: β.
         first_step: Length of the first step, in the product norm.
+        regularized: The length is in proportion to D, as in regularized descent.
 
     Returns:
-        The pace, and τ before it is bounded by η, of shape (2,).
+        The pace, and the lengths, of shape (2,).
     """
-    tiny = torch.finfo(slopes.dtype).tiny
-    peak = torch.maximum(pace.peak, lr)
-    schedule = torch.where(peak > 0, lr / peak.clamp(min=tiny), 1)
-    growth, pursuit = _grow(pace, slopes, tiny), _pursue(pace, slopes / duals.clamp(min=tiny), schedule)
-    is_growing = pace.is_growing > 0
-    later = Pace(*(torch.where(is_growing, x, y) for x, y in zip(growth, pursuit, strict=True)))
-    # A step size that the learning rate bounds does not grow on unseen.
-    log = torch.where(
-        peak > 0, torch.minimum(later.log_step_size, peak.clamp(min=tiny).log()), later.log_step_size
-    )
+    tiny = torch.finfo(seen.lr.dtype).tiny
+    is_first = pace.log_length.isnan()
+    norm = momentum * pace.gradient_norm + (1 - momentum) * seen.gradient_norms
+    norm = torch.where(is_first, seen.gradient_norms, norm)
+    # The slope is that of one gradient, and D that of an average of many: each is divided by its size. So a
+    # loss that becomes ten times as large, or a spike that the momentum still remembers, is not mistaken.
+    slopes = seen.slopes / seen.gradient_norms.clamp(min=tiny)
+    duals = seen.duals / norm.clamp(min=tiny)
+    unit = (seen.duals.sum() / norm.clamp(min=tiny)).clamp(min=tiny) if regularized else torch.ones_like(norm)
+    # After a spike, or where gradients vanish, the momentum would go on for many steps without support.
+    support = (2 * seen.gradient_norms / norm.clamp(min=tiny)).clamp(max=1)
+    peak = torch.maximum(pace.peak, seen.lr)
+    factor = support * torch.where(peak > 0, seen.lr / peak.clamp(min=tiny), 1)
+
+    growth, pursuit = _grow(pace, slopes, tiny), _pursue(pace, slopes / duals.clamp(min=tiny))
+    later = Pace(*(torch.where(pace.is_growing > 0, x, y) for x, y in zip(growth, pursuit, strict=True)))
+    is_known = (seen.gradient_norms > 0) & ~is_first
+    later = Pace(*(torch.where(is_known, x, y) for x, y in zip(later, pace, strict=True)))
+    # A length that the learning rate bounds does not grow on unseen.
+    highest = torch.where(peak > 0, (peak.clamp(min=tiny) / unit).log(), math.inf)
     # Without a gradient there is no unit yet, and the first step is still to come.
-    start = torch.where(unit > 0, math.log(first_step) - unit.clamp(min=tiny).log(), math.nan)
-    is_first = pace.log_step_size.isnan()
-    later = Pace(*(torch.where(is_first, x, y) for x, y in zip(pace, later, strict=True)))
-    log = torch.where(is_first, start, log)
-    step_size = torch.where(log.isnan(), 0, schedule * log.exp())
-    return later._replace(log_step_size=log, peak=peak), step_size
+    start = torch.where(seen.gradient_norms > 0, math.log(first_step) - unit.log(), math.nan)
+    log = torch.where(is_first, start, torch.minimum(later.log_length, highest))
+    full = torch.where(log.isnan(), 0, unit * log.exp())
+    lengths = torch.minimum(factor * full, seen.limit)
+    share = lengths / full.clamp(min=tiny)
+    return later._replace(log_length=log, share=share, gradient_norm=norm, peak=peak), lengths
 
 
 def _grow(pace: Pace, slopes: Tensor, tiny: float) -> Pace:
-    """Doubles τ while the slope stays what it was; keeps a quarter of it when it has fallen to a half."""
+    """Doubles while the slope stays what it was; keeps a quarter when it has fallen to a half."""
     is_first = pace.steps == 0
     mean = torch.where(is_first, slopes, (pace.mean + slopes) / 2)
     square = (slopes - pace.last).square() / 2
     variance = torch.where(is_first, 0, pace.variance + (square - pace.variance) / pace.steps.clamp(min=1))
     largest, noise = torch.maximum(pace.largest, mean), variance.sqrt()
     has_fallen = ~is_first & (mean + noise < FALLEN * largest)
-    rise = GROWTH * (slopes / torch.maximum(largest, noise).clamp(min=tiny)).clamp(-1, 1)
-    return Pace(
-        log_step_size=pace.log_step_size + torch.where(has_fallen, math.log(RETREAT), rise),
+    rise = pace.share * GROWTH * (slopes / torch.maximum(largest, noise).clamp(min=tiny)).clamp(-1, 1)
+    return pace._replace(
+        log_length=pace.log_length + torch.where(has_fallen, math.log(RETREAT), rise),
         is_growing=pace.is_growing * ~has_fallen,
         mean=torch.where(has_fallen, 0, mean),
         last=slopes,
         largest=largest,
         variance=variance,
         steps=torch.where(has_fallen, 0, pace.steps + 1),
-        peak=pace.peak,
     )
 
 
-def _pursue(pace: Pace, ratios: Tensor, schedule: Tensor) -> Pace:
-    """Moves τ towards where the slope is on target, in smaller and smaller corrections."""
+def _pursue(pace: Pace, ratios: Tensor) -> Pace:
+    """Moves towards where the slope is on target, in smaller and smaller corrections."""
     ratios = ratios.clamp(-1, 1)
-    mean = pace.mean + (ratios - pace.mean) / 10
-    gain = torch.where(mean > STEADY, 1, 2 / (2 + pace.steps))
-    # Steps that the schedule has shortened have large slopes, which are its choice.
-    change = gain * schedule**4 * (ratios - TARGET)
-    return pace._replace(log_step_size=pace.log_step_size + change, mean=mean, steps=pace.steps + 1)
+    # Steps that something else has shortened have large slopes, which say little about the length.
+    mean = pace.mean + pace.share * (ratios - pace.mean) / 10
+    steps = pace.steps + 1
+    steps = torch.where(mean > STEADY, steps.clamp(max=RESTART), steps)
+    change = 2 / (1 + steps) * pace.share * (ratios - TARGET)
+    return pace._replace(log_length=pace.log_length + change, mean=mean, steps=steps)

@@ -24,7 +24,7 @@ def test_the_table_of_the_paper():
     assert METHODS["muonmax"] == Method("regularized", "hybrid", "ada_l2", step_size="rate")
     for name in ("muon", "scion", "polargrad", "muonmax"):
         plain, momo = METHODS[name], METHODS[f"{name}_momo"]
-        assert momo == Method(plain.descent, plain.product_norm, plain.vector_norm, step_size="momo")
+        assert momo == Method(plain.descent, plain.product_norm, plain.vector_norm, step_size="momo+slope")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,6 @@ def test_text_becomes_typed_values():
         "polar_steps": 7,
         "step_size": "momo",
         "nuclear_norm": "stale",
-        "eps": 1e-6,
     }
 
 
@@ -79,7 +78,7 @@ def test_text_of_another_type_is_refused(text, message):
         (
             "muon",
             {"betas": 1},
-            "method muon: unknown option 'betas'; known are beta2, eps, foreach, matrix_lr_scale",
+            "method muon: unknown option 'betas'; known are beta2, decay_at, eps, foreach, matrix_lr_scale",
         ),
         ("muonmax", {"first_step": 1.0}, "unknown option 'first_step'"),
         ("muonmax", {"loss_lower_bound": 1.0}, "unknown option 'loss_lower_bound'"),

@@ -9,6 +9,7 @@ from hf_noneuclid.momo import (
     BOUND_RULES,
     DESCENTS,
     NO_BOUND,
+    Believed,
     Fixed,
     Relative,
     Scheduled,
@@ -91,13 +92,14 @@ def test_a_truncated_step_lowers_the_model_to_the_bound(descent):
 
 def test_a_number_is_the_bound_whatever_happens():
     assert follow(Fixed(0.5), [(2.0, 3.0, 1.0, 0.1), (0.1, 0.2, 0.5, 9.0)]) == [(0.5, 1.0)] * 2
-    assert lower_bound(-2.0, 0.7, 10, 0.5) == Fixed(-2.0)
+    assert lower_bound(-2.0, 0.7, 10, 0.5, alone=True) == Fixed(-2.0)
+    assert lower_bound(-2.0, 0.7, 10, 0.5, alone=False) == Believed(-2.0)
 
 
 def test_the_names_of_the_rules():
-    assert isinstance(lower_bound("star", 0.7, 10, 0.5), Star)
-    assert lower_bound("relative", 0.6, 20, 0.5) == Relative(0.6, 20)
-    assert lower_bound("auto", 0.6, 20, 0.5) == Scheduled(0.6, 20, 0.5)
+    assert isinstance(lower_bound("star", 0.7, 10, 0.5, alone=True), Star)
+    assert lower_bound("relative", 0.6, 20, 0.5, alone=True) == Relative(0.6, 20)
+    assert lower_bound("auto", 0.6, 20, 0.5, alone=True) == Scheduled(0.6, 20, 0.5)
     assert set(BOUND_RULES) == {"star", "relative", "auto"}
 
 
@@ -143,3 +145,14 @@ def test_auto_goes_as_much_less_far_as_the_schedule_has_come_down_from_its_peak(
 def test_a_schedule_that_starts_at_zero_is_no_nan():
     warming_up = [(8.0, 7.0, 0.0, 0.0), (8.0, 7.0, 0.1, 0.0)]
     assert [part for _, part in follow(Scheduled(0.5, 4, 0.5), warming_up)] == [1.0, 1.0]
+
+
+def test_a_number_is_believed_until_a_loss_is_below_it():
+    rule = Believed(1.0)
+    memory = torch.tensor(rule.initial)
+    bounds = []
+    for loss in (2.0, 1.0, 0.5, 2.0):
+        seen = Seen(torch.tensor(loss), torch.tensor(3.0), torch.tensor(0.1))
+        bounds.append(rule.bound(memory, seen).item())
+        memory = rule.remember(memory, seen, torch.tensor(0.0))
+    assert bounds == [1.0, 1.0, pytest.approx(NO_BOUND), pytest.approx(NO_BOUND)]

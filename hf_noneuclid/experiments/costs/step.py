@@ -175,6 +175,7 @@ class Costs:
             options.lower_bound_fraction,
             options.lower_bound_horizon,
             options.lower_bound_slack,
+            alone=not options.slope,
         )
         stale = units(self.shapes.matrices) if options.nuclear_norm == "stale" else 0
         momo = 1 + len(rule.initial) if options.momo else 0  # the running loss, what the bound remembers
