@@ -36,7 +36,7 @@ def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
         if suite.recipe == "pretrain" and run.curve not in costs:  # rate and seed do not change the cost
             costs[run.curve] = cost_of(flags, launch.processes, flops)
         print(f"# {run}" + (f": {costs[run.curve][0]}" if costs else ""))
-        command = [*command_of(suite, launch, flags), f"--output_dir={run_folder(folder, run)}"]
+        command = [*command_of(suite.recipe, launch, flags), f"--output_dir={run_folder(folder, run)}"]
         print(shlex.join(command))
     more = f"; with the further seeds near the best learning rates, at most {len(possible)}"
     print(f"# {len(first)} runs in the first pass" + (more if len(possible) > len(first) else ""))

@@ -27,6 +27,7 @@ PATIENCE = 10.0  # seconds between asking a process to end and killing it
 LOOK = 0.2  # seconds between looks at a process
 LOG_TAIL = 15  # lines kept of a run that failed
 ROOM = 1 << 20  # bytes that must fit on the disk
+START = "start"  # the folder of the model that every run starts from, where the suite says how to make it
 WEIGHTS = ("checkpoint-*", "model*.safetensors*", "pytorch_model*", "adapter_model*")
 
 
@@ -57,7 +58,32 @@ class Executor:
             # holds it: we wait for its end, and find its result in the folder.
             if not _lock(log, stop):
                 return None
+            if not self._start(stop, slot):
+                return None
             return self._do(run, folder, log, stop, slot)
+
+    def _start(self, stop: Event, slot: int) -> bool:
+        """Trains the model that every run starts from, unless it is there; False if the event stopped it.
+
+        Raises:
+            InputError: Its training failed.
+        """
+        folder = self.output_dir / START
+        if not self.suite.start or (folder / "metrics.json").is_file():
+            return True
+        folder.mkdir(exist_ok=True)
+        with log_of(folder).open("a", encoding="utf-8") as log:
+            if not _lock(log, stop):
+                return False
+            if (folder / "metrics.json").is_file():  # another worker has made it
+                return True
+            mode = "resume_from_checkpoint" if can_resume(folder) else "overwrite_output_dir"
+            flags = {"disable_tqdm": True, **self.suite.start, "output_dir": str(folder), mode: True}
+            command = command_of("pretrain", self.launch, flags)
+            code = _wait(command, log, self.launch.environment(slot), stop)
+            if code:
+                raise InputError(f"the model that the runs start from was not trained: see {log_of(folder)}")
+            return code == 0
 
     def _do(self, run: Run, folder: Path, log: TextIO, stop: Event, slot: int) -> Result | None:
         flags = recipe_flags(self.suite, run, self.launch.processes)
@@ -76,7 +102,7 @@ class Executor:
         metrics.unlink(missing_ok=True)  # of another study, or of an attempt that failed
         if not resumed:
             log.truncate(0)
-        command = [*command_of(self.suite, self.launch, flags), f"--output_dir={folder}"]
+        command = [*command_of(self.suite.recipe, self.launch, flags), f"--output_dir={folder}"]
         command += ["--resume_from_checkpoint=true" if resumed else "--overwrite_output_dir=true"]
         start = time.monotonic()
         code = _wait(command, log, self.launch.environment(slot), stop)

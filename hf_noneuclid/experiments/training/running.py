@@ -15,6 +15,7 @@ from hf_noneuclid.experiments.common import ExitCode, InputError, PushError
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.training.checkpoints import delete_run, read_state
 from hf_noneuclid.experiments.training.options import RecipeArguments
+from hf_noneuclid.experiments.training.peers import peer
 from hf_noneuclid.experiments.training.results import count_parameters, write_metrics
 
 # The word in the message and the exit code of the errors after which the user has to act.
@@ -45,6 +46,9 @@ def exit_codes(recipe: str) -> Iterator[None]:
 def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
     """Raises InputError if the optimizer cannot be built, so that no file is written before that is known."""
     try:
+        if args.peer:
+            peer(args)
+            return
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if "params" in options:  # one of ours; it allocates no state before its first step
             optimizer_class(**options)
@@ -56,6 +60,8 @@ class RecipeTrainer(Trainer):
     """The Trainer with the paper's schedule; its ``facts`` are what metrics.json says beside the results."""
 
     def __init__(self, *, facts: dict[str, Any], **arguments: Any) -> None:
+        if arguments["args"].peer:
+            arguments["optimizer_cls_and_kwargs"] = peer(arguments["args"])
         super().__init__(**arguments)
         self.facts = facts
         self._steps_done = 0
@@ -66,8 +72,8 @@ class RecipeTrainer(Trainer):
         if self.is_world_process_zero():
             if self.args.overwrite_output_dir:
                 delete_run(folder)
-            parameters, vocabulary = count_parameters(self.model), len(self.processing_class)
-            print(f"{parameters:,} parameters, vocabulary of {vocabulary:,}")
+            vocabulary = f", vocabulary of {len(self.processing_class):,}" if self.processing_class else ""
+            print(f"{count_parameters(self.model):,} parameters{vocabulary}")
         self.accelerator.wait_for_everyone()
         state = read_state(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         self._steps_done = state["global_step"] if state else 0
@@ -84,6 +90,14 @@ class RecipeTrainer(Trainer):
         """Leaves no epoch where all steps are done: the Trainer would do one more step in the middle."""
         epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         return (0 if 0 < max_steps <= self._steps_done else epochs, *others, max_steps)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Hands the loss to the one peer that takes it."""
+        loss = super().training_step(*args, **kwargs)
+        optimizer = getattr(self.optimizer, "optimizer", None)
+        if self.args.peer and hasattr(optimizer, "loss"):
+            optimizer.loss = loss
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs, except the mean loss over no steps, which the Trainer takes for 0."""
