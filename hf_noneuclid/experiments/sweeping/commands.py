@@ -13,8 +13,6 @@ from hf_noneuclid.experiments.common import InputError, recipes_folder
 from hf_noneuclid.experiments.sweeping.suite import Run, Suite, as_text
 from hf_noneuclid.experiments.training.peers import PEERS
 
-MODULE = "hf_noneuclid.experiments.training.{}"  # of a task for suites alone, which has no script in recipes/
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -126,9 +124,7 @@ def command_of(recipe: str, launch: Launch, flags: Mapping[str, Any]) -> list[st
         else:  # "multi_gpu" is accelerate's word for torchrun, which starts processes on CPUs as well
             command += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
         command += ["--main_process_port=0"]
-    script = recipes_folder() / f"{recipe}.py"
-    command += [str(script)] if script.is_file() else ["-m", MODULE.format(recipe)]
-    return [*command, *as_arguments(flags)]
+    return [*command, str(recipes_folder() / f"{recipe}.py"), *as_arguments(flags)]
 
 
 def as_arguments(flags: Mapping[str, Any]) -> list[str]:

@@ -46,11 +46,12 @@ def read_suites(path: Path, overrides: Mapping[str, Any]) -> dict[str, dict[str,
     tasks = _mapping(given.pop("tasks", None), f"{where}, tasks")
     if not tasks:
         return {path.stem: _read_suite(given, overrides, where)}
-    of_task = {name: _of_task(given, task, f"{where}, task {name}") for name, task in tasks.items()}
-    return {
-        f"{path.stem}/{name}": _read_suite(values, overrides, f"{where}, task {name}")
-        for name, values in of_task.items()
-    }
+    found = {}
+    for place, (name, task) in enumerate(tasks.items()):
+        inside = f"{where}, task {name}"
+        values = _read_suite(_of_task(given, task, inside), overrides, inside)
+        found[f"{path.stem}/{name}"] = {**values, "report": {**values["report"], "place": place}}
+    return found
 
 
 def _of_task(common: Mapping[str, Any], task: Any, where: str) -> dict[str, Any]:

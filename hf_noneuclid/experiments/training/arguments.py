@@ -53,7 +53,7 @@ class ModelArguments:
 
 
 @dataclass
-class DigitsArguments:
+class VisionArguments:
     """A vision transformer from scratch for the images of digits in scikit-learn, 8 x 8 pixels."""
 
     hidden_size: int = option(64, "Width.")

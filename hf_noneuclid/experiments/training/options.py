@@ -137,13 +137,22 @@ class FinetuneArguments(SampleArguments, ClassifyArguments):
     output_dir: str = option("outputs/finetune", OUTPUT)
 
 
+@dataclass
+class DigitsArguments(RecipeArguments):
+    """How digits.py trains."""
+
+    output_dir: str = option("outputs/digits", OUTPUT)
+    max_steps: int = option(300, "Steps; -1 to train for num_train_epochs instead.")
+    per_device_train_batch_size: int = option(32, "Images in a step on each device.")
+
+
 ARGUMENT_TYPES: dict[str, tuple[type, ...]] = {
     "pretrain": (arguments.ModelArguments, arguments.DataArguments, PretrainArguments),
     "finetune": (arguments.PretrainedArguments, arguments.FinetuneDataArguments, FinetuneArguments),
     "classify": (arguments.PretrainedArguments, arguments.ClassifyDataArguments, ClassifyArguments),
-    "digits": (arguments.DigitsArguments, ClassifyArguments),
+    "digits": (arguments.VisionArguments, DigitsArguments),
 }
-"""The arguments of each recipe, and of the task ``digits``: of the model, of the data, and of the Trainer."""
+"""The arguments of each recipe: of the model, of the data, and of the Trainer."""
 
 
 # ---------------------------------------------------------------- parsing

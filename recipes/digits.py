@@ -1,6 +1,9 @@
-"""A task for suites: a vision transformer learns the digits of scikit-learn, 1,797 images of 8 x 8 pixels.
+"""Train a small vision transformer on the digits of scikit-learn with non-Euclidean gradient descent.
 
-python -m hf_noneuclid.experiments.training.digits --optim muon --learning_rate 1e-3
+    python recipes/digits.py
+    python recipes/digits.py --optim muon --learning_rate 3e-3
+
+The 1,797 images of 8 x 8 pixels are part of the package scikit-learn.
 """
 
 import hashlib
@@ -13,6 +16,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification, default_data_collator, set_seed
 
+from hf_noneuclid.experiments.common import require
 from hf_noneuclid.experiments.training import classification
 from hf_noneuclid.experiments.training.checkpoints import find_checkpoint
 from hf_noneuclid.experiments.training.data import Corpus
@@ -20,19 +24,21 @@ from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES, describe_c
 from hf_noneuclid.experiments.training.packing import Blocks
 from hf_noneuclid.experiments.training.results import write_results
 from hf_noneuclid.experiments.training.running import RecipeTrainer, check_optimizer, exit_codes
-from hf_noneuclid.log import show_log
+from hf_noneuclid.log import show_log  # the package makes its methods values of --optim
 
 HELD_OUT, SIZE, BRIGHTEST = 5, 8, 16.0  # one image in five; pixels of a side; the value of a white pixel
 
 
 @exit_codes("digits.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the task; ``argv`` is by default the command line of the process."""
+    """Runs the recipe; ``argv`` is by default the command line of the process."""
     argv = sys.argv[1:] if argv is None else argv
     model_args, args = parse(argv, ARGUMENT_TYPES["digits"])
+    require(not args.push_to_hub, "digits.py makes no model card: leave out --push_to_hub")
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
 
+    # The images, the model, and whether the optimizer suits it.
     data = read_digits()
     config = ViTConfig(
         image_size=SIZE,
@@ -48,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_optimizer(args, model)
     show_log()
 
+    # Training, and a last evaluation.
     trainer = RecipeTrainer(
         model=model,
         args=args,
@@ -61,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     trainer.train(checkpoint)
     final = trainer.evaluate(metric_key_prefix="final")
+    trainer.save_model()
     results = {
         "seconds": round(time.perf_counter() - began, 1),
         "options": {**vars(model_args), **args.changed()},
