@@ -165,6 +165,9 @@ class DataArguments(SourceArguments):
     Of files, the last 5 % of each are held out where no validation files are given.
     """
 
+    embedded_text: Literal["bible", "docstrings"] = option(
+        "bible", "The embedded corpus: the King James Bible, or docstrings of torch and transformers."
+    )
     validation_documents: int = option(1000, "Documents held out where there is no validation split.")
     streaming: bool = option(False, "Read the dataset while training (no download).")
     shuffle_buffer: int = option(10_000, "Documents shuffled together when streaming; 0 keeps the order.")
