@@ -21,9 +21,10 @@ from .elementwise import (
     Tensors,
     average_,
     chunks,
-    inner_products,
+    inner_product,
     largest_entries,
     move_,
+    scale_,
     stack_scalars,
     wide_dtype,
 )
@@ -54,9 +55,11 @@ class Remembered(NamedTuple):
     states: list[dict[str, Tensor]]
     second_moment_shards: list[LocalShard]
     """The shards in the second moments; empty if the norm needs none."""
+    slope: bool
+    """Whether the last step is remembered."""
 
 
-_momentum, _second_moment = operator.itemgetter("momentum"), operator.itemgetter("second_moment")
+_momentum, _second_moment, _last_step = map(operator.itemgetter, ("momentum", "second_moment", "last_step"))
 
 
 class MatrixExchange(Protocol):
@@ -144,8 +147,13 @@ class Bucket:
 
     def second_moments(self) -> list[Tensor]:
         """v; empty if the norm needs none."""
-        states, shards = self._remembered
+        states, shards, _ = self._remembered
         return self._local(list(map(_second_moment, states)), shards) if shards else []
+
+    def last_steps(self) -> list[Tensor]:
+        """The last step per unit of its length, up to its sign; empty if it is not remembered."""
+        states, _, slope = self._remembered
+        return self._local(list(map(_last_step, states))) if slope else []
 
     def zeros(self) -> Tensor:
         """What a rank measures that must not count, of shape (units,)."""
@@ -177,7 +185,11 @@ class Bucket:
 
     def inner(self, others: Tensors) -> Tensor:
         """Σ⟨p, x⟩ over the parameters, 0-d."""
-        return stack_scalars(inner_products(self.values(), others), self._workplace.like).sum()
+        return inner_product(self.values(), others, self._workplace.like, self._workplace.chunk)
+
+    def slope(self, grads: Tensors) -> Tensor:
+        """⟨g, u⟩ with the last step u, 0-d: how fast the loss still falls along it."""
+        return inner_product(grads, self.last_steps(), self._workplace.like, self._workplace.chunk)
 
     def accumulate(self, grads: Tensors, ok: Tensor, weight: Tensor, second_weight: Tensor) -> None:
         """Averages gradients into m and their squares into v.
@@ -195,12 +207,26 @@ class Bucket:
         average_(self.momenta(), grads, weight, ok, limit=chunk, foreach=foreach, square=False)
 
 
+class Motion(NamedTuple):
+    """How the units of a bucket move."""
+
+    coefficients: Tensor
+    """What multiplies the directions, of shape (units,)."""
+    per_length: Tensor
+    """The same without its sign and per unit of the step's length, of shape (units,)."""
+    decay_rate: Tensor
+    """What multiplies the weight decay λ, 0-d."""
+
+
 class VectorBucket(Bucket):
     """Parameters whose norm is computed entry by entry.
 
     Args:
         norm: Their norm; the other arguments are those of ``Bucket``.
     """
+
+    part = 1
+    """Index of the step size."""
 
     def __init__(
         self,
@@ -228,24 +254,28 @@ class VectorBucket(Bucket):
             partial = self.zeros().index_copy_(0, self._indices, partial)
         return Measured(partial)
 
-    def apply(self, measured: Measured, dual: Tensor, coefficients: Tensor, decay_rate: Tensor) -> None:
+    def apply(self, measured: Measured, dual: Tensor, motion: Motion) -> None:
         """p ← (1 - λ decay_rate) p + coefficient u.
 
         Args:
             measured: From ``measure``.
             dual: d, of shape (units,).
-            coefficients: Of shape (units,).
-            decay_rate: 0-d.
+            motion: How far.
         """
         length = self.norm.length(dual)
-        by_unit = (coefficients if length is None else coefficients / length).unbind()
-        decay = decay_rate * self.weight_decay if self.weight_decay else None
-        m, v = self.momenta(), self.second_moments()
-        for indices, (p, m_chunk, v_chunk) in chunks(self._workplace.chunk, self.values(), m, v or m):
+        by_unit, per_length = (
+            (x if length is None else x / length).unbind() for x in (motion.coefficients, motion.per_length)
+        )
+        decay = motion.decay_rate * self.weight_decay if self.weight_decay else None
+        m, v, last = self.momenta(), self.second_moments(), self.last_steps()
+        columns = (self.values(), m, v or m, last or m)
+        for indices, (p, m_chunk, v_chunk, last_chunk) in chunks(self._workplace.chunk, *columns):
             # The directions are computed again, since keeping them would take as much memory as m.
             directions = self.norm.direction(m_chunk, v_chunk)
-            its_c = [by_unit[self._positions[i]] for i in indices]
-            move_(p, directions, its_c, decay, self._workplace.foreach)
+            positions = [self._positions[i] for i in indices]
+            move_(p, directions, [by_unit[i] for i in positions], decay, self._workplace.foreach)
+            if last:
+                scale_(last_chunk, directions, [per_length[i] for i in positions])
 
 
 class MatrixBucket(Bucket):
@@ -258,6 +288,9 @@ class MatrixBucket(Bucket):
         polar_batches: The owned matrices, by shape.
         reuse_gradients: Keep polar factors in the memory of the gradients.
     """
+
+    part = 0
+    """Index of the step size."""
 
     def __init__(
         self,
@@ -284,14 +317,13 @@ class MatrixBucket(Bucket):
         """The dual norms of the momenta: nuclear norms, or what stands for them."""
         return self.norm.measure(self, grads)
 
-    def apply(self, measured: Measured, dual: Tensor, coefficients: Tensor, decay_rate: Tensor) -> Tensor:
+    def apply(self, measured: Measured, dual: Tensor, motion: Motion) -> Tensor:
         """p ← (1 - λ decay_rate) p + coefficient u.
 
         Args:
             measured: From ``measure``.
             dual: d, of shape (units,).
-            coefficients: Of shape (units,).
-            decay_rate: 0-d.
+            motion: How far.
 
         Returns:
             This rank's part of the nuclear norms, of shape (units,).
@@ -300,8 +332,10 @@ class MatrixBucket(Bucket):
         directions = self._exchange.scatter(polar.factors)  # all ranks take part
         values = self.values()
         local = [directions[i].reshape(p.shape) for i, p in zip(self._positions, values, strict=True)]
-        decay = decay_rate * self.weight_decay if self.weight_decay else None
-        move_(values, local, self._spread(coefficients), decay, self._workplace.foreach)
+        decay = motion.decay_rate * self.weight_decay if self.weight_decay else None
+        move_(values, local, self._spread(motion.coefficients), decay, self._workplace.foreach)
+        if last := self.last_steps():
+            scale_(last, local, self._spread(motion.per_length))
         return polar.nuclear_norms
 
     def polar(self, grads: Tensors | None = None) -> Polar:

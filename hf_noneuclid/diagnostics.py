@@ -15,7 +15,8 @@ from .momo import NO_BOUND
 FATAL_RUN = 10
 """The number of bad steps in a row after which the training has diverged."""
 
-_STEPS, _BAD, _STREAK, _TRUNCATED, _FATAL = range(5)
+_STREAK, _FATAL = 0, 1
+_COUNTED = ("steps", "bad_steps", "truncated_steps", "limited_steps", "zero_steps")
 
 
 class DivergedError(RuntimeError):
@@ -38,30 +39,25 @@ class DivergedError(RuntimeError):
 
 
 class StepCounter:
-    """Counts steps, bad steps and truncated steps on the device, since the optimizer was made."""
+    """Counts steps by what happened to them, on the device, since the optimizer was made."""
 
     def __init__(self, device: torch.device) -> None:
-        self._counts = torch.zeros(5, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(len(_COUNTED), dtype=torch.int64, device=device)
+        self._bad = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def count(self, ok: Tensor, truncated: Tensor) -> None:
-        """Adds one step; ok and truncated are 0-d bool tensors."""
-        counts = self._counts
-        counts[_STEPS] += 1
-        counts[_BAD] += ~ok
-        counts[_STREAK] = torch.where(ok, 0, counts[_STREAK] + 1)
-        counts[_TRUNCATED] += truncated & ok
-        started = counts[_STEPS] - counts[_STREAK] + 1
-        counts[_FATAL] = torch.where(counts[_STREAK] == FATAL_RUN, started, counts[_FATAL])
+    def count(self, ok: Tensor, record: StepRecord) -> None:
+        """Adds one step; ok is a 0-d bool tensor."""
+        is_zero = (record.step_sizes == 0).all()
+        good = torch.stack([record.truncated, record.limited, is_zero]) & ok
+        self._counts += torch.cat([torch.stack([torch.ones_like(ok), ~ok]), good])
+        streak = torch.where(ok, 0, self._bad[_STREAK] + 1)
+        started = self._counts[0] - streak + 1
+        self._bad = torch.stack([streak, torch.where(streak == FATAL_RUN, started, self._bad[_FATAL])])
 
     def read(self) -> dict[str, int]:
-        counts = self._counts.tolist()
-        return {
-            "steps": counts[_STEPS],
-            "bad_steps": counts[_BAD],
-            "consecutive_bad_steps": counts[_STREAK],
-            "truncated_steps": counts[_TRUNCATED],
-            "first_fatal_step": counts[_FATAL],
-        }
+        streak, fatal = self._bad.tolist()
+        counts = dict(zip(_COUNTED, self._counts.tolist(), strict=True))
+        return {**counts, "consecutive_bad_steps": streak, "first_fatal_step": fatal}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +65,10 @@ class StepRecord:
     """The scalars of one step, and its nuclear norms, as they stood on the device."""
 
     lr: float
-    step_size: Tensor
+    step_sizes: Tensor
+    """τ of the matrices and of the vectors, of shape (2,)."""
     truncated: Tensor
+    limited: Tensor
     dual_norm: Tensor
     loss: Tensor | None
     running_loss: Tensor | None
@@ -84,10 +82,13 @@ class StepRecord:
 
     def read(self) -> dict[str, Any]:
         nuclear = self.nuclear_norms.tolist()
+        step_size, vector_step_size = self.step_sizes.tolist()
         return {
             "lr": self.lr,
-            "step_size": self.step_size.item(),
+            "step_size": step_size,
+            "vector_step_size": vector_step_size,
             "truncated": bool(self.truncated),
+            "limited": bool(self.limited),
             "dual_norm": self.dual_norm.item(),
             "loss": None if self.loss is None else self.loss.item(),
             "running_loss": None if self.running_loss is None else self.running_loss.item(),
@@ -113,7 +114,7 @@ class Diagnostics:
         """Notes one step; ok says whether it was taken."""
         if self._counter is None:
             self._counter = StepCounter(ok.device)
-        self._counter.count(ok, record.truncated)
+        self._counter.count(ok, record)
         self._record = record
         if not self._first_is_known:
             self._first, self._first_is_known = record, True

@@ -62,6 +62,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
+def narrow_dtype(dtype: torch.dtype) -> torch.dtype:
+    """bfloat16, which has the range of float32; float64 for itself."""
+    return dtype if dtype == torch.float64 else torch.bfloat16
+
+
 def as_scalar(value: Tensor | float, like: Tensor) -> Tensor:
     """A number as a 0-d tensor of the dtype and device of ``like``.
 
@@ -86,6 +91,21 @@ def largest_entries(xs: Tensors, foreach: bool) -> Tensors:
         low, high = torch.aminmax(x)  # six times as fast as the norm
         largest.append(torch.maximum(high, -low))
     return largest
+
+
+def inner_product(xs: Sequence[Tensor], ys: Sequence[Tensor], like: Tensor, limit: int) -> Tensor:
+    """Σ⟨x, y⟩ over pairs of tensors, 0-d, of the dtype and device of ``like``.
+
+    It is taken in chunks: a sum of many products in float32 loses digits, and a copy in float32 takes memory.
+
+    Args:
+        xs: Of the same shapes as ``ys``.
+        ys: Of any dtypes.
+        like: 0-d.
+        limit: Bytes of a chunk, counted in float32.
+    """
+    products = [product for _, (x, y) in chunks(limit, xs, ys) for product in inner_products(x, y)]
+    return stack_scalars(products, like).sum()
 
 
 def inner_products(xs: Tensors, ys: Tensors) -> list[Tensor]:
@@ -159,3 +179,11 @@ def move_(
             p_i.addcmul_(u, c)
     if is_half:
         torch._foreach_copy_(params, p)
+
+
+def scale_(targets: Tensors, xs: Tensors, coefficients: Tensors) -> None:
+    """target ← coefficient x, rounded to the dtype of the target; the coefficients broadcast."""
+    if targets and xs[0].device != targets[0].device:  # the parameters are offloaded
+        xs, coefficients = ([x.to(targets[0].device) for x in ys] for ys in (xs, coefficients))
+    for target, x, c in zip(targets, xs, coefficients, strict=True):
+        torch.mul(x, c, out=target) if target.dtype == x.dtype == c.dtype else target.copy_(x * c)

@@ -14,7 +14,7 @@ from . import options
 from .norms import NORMS
 from .options import Options, ParameterOptions
 
-CHECKPOINT_MUST_MATCH = ("descent", "product_norm", "momo", "norm")
+CHECKPOINT_MUST_MATCH = ("descent", "product_norm", "step_size", "norm")
 """A checkpoint that differs in one of these belongs to another optimizer."""
 
 PARAMETER_OPTIONS = tuple(options.fields(ParameterOptions))

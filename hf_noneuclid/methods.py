@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from . import options
 from .momo import Descent
 from .norms import VectorNormName
 from .optimizer import NonEuclideanDescent
-from .options import MethodOptions, Options
+from .options import MethodOptions, Options, StepSizeName
 from .product_norms import ProductNormName
 from .routing import route_parameters
 
@@ -27,7 +28,12 @@ class Method:
     descent: Descent
     product_norm: ProductNormName
     vector_norm: VectorNormName
-    momo: bool = False
+    step_size: StepSizeName = "rate"
+
+    @property
+    def momo(self) -> bool:
+        """Whether a model of the loss bounds the step size."""
+        return options.is_bounded_by(self.step_size, "momo")
 
 
 _PLAIN = {
@@ -37,17 +43,20 @@ _PLAIN = {
     "muonmax": Method("regularized", "hybrid", "ada_l2"),
 }
 
+DEFAULT_STEP_SIZE: StepSizeName = "momo"
+"""Of the methods with Momo."""
+
 METHODS: dict[str, Method] = {
     **_PLAIN,
     **{
-        f"{name}_momo": Method(m.descent, m.product_norm, m.vector_norm, momo=True)
+        f"{name}_momo": Method(m.descent, m.product_norm, m.vector_norm, DEFAULT_STEP_SIZE)
         for name, m in _PLAIN.items()
     },
 }
 """Every named method. ``muon`` is the paper's MuonAdam."""
 
 FREE_METHOD = "noneuclid"
-"""The method whose descent, product norm, vector norm and momo are options."""
+"""The method whose descent, product norm and vector norm are options."""
 
 ALIASES: dict[str, str] = {
     "muonadam": "muon",
@@ -60,7 +69,7 @@ DEFAULT_MATRIX_LR_SCALE: float = options.default_of(MethodOptions, "matrix_lr_sc
 DEFAULT_LOWER_BOUND = "auto"
 """Of the methods with Momo. The paper's is 0.0."""
 
-_CHOICES = ("descent", "product_norm", "vector_norm", "momo")
+_CHOICES = ("descent", "product_norm", "vector_norm")
 """What makes a method; options of ``noneuclid`` alone."""
 _BY_PARAMETER = ("weight_decay", "spectral_scale")
 """What a method does not take as an option, since the routing says it for each parameter."""
@@ -105,15 +114,20 @@ def parse_options(text: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def method_options(method: str) -> list[str]:
-    """The names of the options that a method takes in ``--optim_args`` and ``create_optimizer``."""
+def method_options(method: str, step_size: str | None = None) -> list[str]:
+    """The names of the options that a method takes in ``--optim_args`` and ``create_optimizer``.
+
+    Args:
+        method: Any of ``all_names()``.
+        step_size: The step size that was asked for; None for the method's own.
+    """
     name = canonical_name(method)
-    momo = name == FREE_METHOD or METHODS[name].momo
+    step_size = step_size or (METHODS[name].step_size if name in METHODS else "rate")
     return [
         option
         for option, field in options.fields(Options, MethodOptions).items()
         if option not in _BY_PARAMETER
-        and (momo or not field.metadata["momo_only"])
+        and (field.metadata["only"] is None or options.is_bounded_by(step_size, field.metadata["only"]))
         and (name == FREE_METHOD or option not in _CHOICES)
     ]
 
@@ -131,19 +145,18 @@ def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
     """
     name = canonical_name(method)
     where = f"method {name}: "
-    options.check_known(values, method_options(method), where)
+    options.check({key: values[key] for key in ("step_size",) if key in values}, [Options], where)
+    options.check_known(values, method_options(method, values.get("step_size")), where)
     options.check(values, [Options, MethodOptions], where)
     if name == FREE_METHOD:
-        required = _CHOICES[:3]
-        if missing := [key for key in required if key not in values]:
+        if missing := [key for key in _CHOICES if key not in values]:
             rules = {key: options.fields(Options, MethodOptions)[key].metadata["rule"] for key in missing}
             choices = "; ".join(f"{key}: {rule.words}" for key, rule in rules.items())
             raise ValueError(f"{where}missing {', '.join(missing)} ({choices}).")
-        settings = Method(**{key: values.pop(key) for key in _CHOICES if key in values})
-        if not settings.momo:
-            options.check_known(values, set(method_options("muon")), where)
+        settings = Method(**{key: values.pop(key) for key in _CHOICES})
     else:
         settings = METHODS[name]
+    settings = dataclasses.replace(settings, step_size=values.pop("step_size", settings.step_size))
     return settings, {"loss_lower_bound": DEFAULT_LOWER_BOUND, **values} if settings.momo else values
 
 
@@ -207,6 +220,6 @@ def optimizer_arguments(method: Method, tuning: Mapping[str, Any]) -> dict[str, 
     return {
         "descent": method.descent,
         "product_norm": method.product_norm,
-        "momo": method.momo,
+        "step_size": method.step_size,
         **{key: value for key, value in tuning.items() if key != "matrix_lr_scale"},
     }

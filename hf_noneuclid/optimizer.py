@@ -18,14 +18,17 @@ from torch.optim import Optimizer
 
 from . import groups as parameter_groups
 from . import options as known_options
+from .buckets import Motion
 from .diagnostics import Diagnostics, StepRecord
 from .elementwise import Tensors, as_scalar
-from .momo import Seen, model_decrease, model_value, truncated_step_size
+from .momo import Seen, model_value, truncated_step_size
 from .nuclear_norms import Measured
-from .options import Options
+from .options import Options, is_bounded_by
 from .plan import Plan, make_plan
+from .slope import Pace, advance
 
 Loss = Tensor | float
+Clipping = Tensor | float | Callable[[], Tensor | float]
 
 _NOT_PLANNED = dict.fromkeys(("params", "lr", "initial_lr", "momentum", "beta2"))
 """Keys of a group that the plan does not depend on; ``{**group, **_NOT_PLANNED}`` blanks them out."""
@@ -43,6 +46,8 @@ class Checked(NamedTuple):
     """f, the mean over the ranks."""
     inner: Tensor
     """Σ⟨p, g⟩; 0 without Momo."""
+    slopes: Tensor
+    """⟨g, u⟩ with the last step u, over matrices and over vectors, of shape (2,); 0 without the slope."""
 
 
 class DualNorms(NamedTuple):
@@ -56,22 +61,34 @@ class DualNorms(NamedTuple):
     """Σ⟨p, m⟩; 0 without Momo."""
 
 
+class StepSize(NamedTuple):
+    """How far a step goes, what bounds it, and what is to be remembered for the next one."""
+
+    tau: Tensor
+    """τ of the matrices and of the vectors, of shape (2,); they differ by the slope alone."""
+    is_limited: Tensor
+    """Whether the learning rate bounds it."""
+    is_truncated: Tensor
+    """Whether Momo does."""
+    lower_bound: Tensor | None
+    """F*; None without Momo."""
+    learned: dict[str, Tensor]
+    """What ``Plan.shared`` will hold."""
+
+
 class Decided(NamedTuple):
     """Phase 3: how far every unit moves."""
 
     ok: Tensor
-    step_size: Tensor
-    """τ."""
+    step_size: StepSize
     dual: Tensor
     """D."""
     coefficients: Tensor
     """What multiplies the direction of every unit; 0 if nothing may move."""
-    decay_rate: Tensor
-    """η; 0 if nothing may move."""
-    lower_bound: Tensor | None
-    """F*; None without Momo."""
-    bound_memory: Tensor | None
-    """What the rule for F* remembers for the next step."""
+    per_length: Tensor
+    """The same without its sign and per unit of the step's length."""
+    decay_rates: Tensor
+    """τ or η for the matrices and for the vectors, of shape (2,); 0 if nothing may move."""
 
 
 class NonEuclideanDescent(Optimizer):
@@ -128,6 +145,7 @@ class NonEuclideanDescent(Optimizer):
     def _forget(self) -> None:
         """Forgets what is derived from groups and state; the next step derives it again."""
         self._observed: Loss | None = None
+        self._clipping: Clipping = 1.0
         self._plan: Plan | None = None
         self._plan_key: list[Any] = []
         self._diagnostics = Diagnostics(resumed=bool(getattr(self, "state", None)))
@@ -169,16 +187,16 @@ class NonEuclideanDescent(Optimizer):
             RuntimeError: Momo is on and no loss is known, a gradient is sparse, or, at the first step, the
                 parameters are sharded in a way that is not supported or differ between ranks.
         """
-        loss = self._take_loss(closure, loss)
+        loss, clipping = self._take_loss(closure, loss)
         lr = self._learning_rate()
         # torch prepares an optimizer for a sharded load by a step with zero gradients, no loss and η = 0.
         is_preparation = not self.state and lr == 0 and loss is None
-        momo = self.param_groups[0]["momo"]
+        momo = is_bounded_by(self.param_groups[0]["step_size"], "momo")
         if momo and loss is None and not is_preparation:
             raise RuntimeError(
                 "Momo needs the loss of every step, and none was observed. Call step(loss=loss), or "
-                "observe_loss(loss) before step(), or train with the Trainer, which does it; or use the "
-                "method without _momo."
+                "observe_loss(loss) before step(), or train with the Trainer, which does it; or use a "
+                "step_size without momo."
             )
         plan = self._current_plan()
         if is_preparation and momo:
@@ -187,7 +205,7 @@ class NonEuclideanDescent(Optimizer):
             plan.eta.fill_(lr)  # a CUDA graph would fill in the same number at every replay
 
         checked = self._check(plan, loss, must_move=is_preparation)
-        self._accumulate(plan, checked)
+        self._accumulate(plan, checked, as_scalar(clipping, plan.like))
         dual = self._measure(plan, checked)
         decided = self._decide(plan, checked, dual)
         self._apply(plan, dual, decided)
@@ -203,17 +221,17 @@ class NonEuclideanDescent(Optimizer):
         largest = torch.cat(largest_entries)
         # NaN fails every comparison, so that it counts as bad, too.
         bad = (largest <= plan.gradient_limits).logical_not().sum().to(largest.dtype)
-        inner = _inner(plan, grads)
+        inner, slopes = _inner(plan, grads), _slopes(plan, grads)
         share = as_scalar(0.0 if loss is None else loss, plan.like) / plan.ranks
         # All that the ranks must agree on before anything is written, in one all-reduce.
-        facts = _sum_over_ranks(plan, torch.stack([bad, largest.sum(), inner, share]))
-        bad, movement, inner, mean_loss = facts.unbind()
+        facts = _sum_over_ranks(plan, torch.stack([bad, largest.sum(), inner, share, *slopes]))
+        bad, movement, inner, mean_loss = facts[:4].unbind()
         ok = (bad == 0) & inner.isfinite() & mean_loss.isfinite()
         if must_move:  # without Momo a preparation is known from a first step at η = 0 only by its gradients
             ok = ok & (movement > 0)
-        return Checked(grads, ok, None if loss is None else mean_loss, inner)
+        return Checked(grads, ok, None if loss is None else mean_loss, inner, facts[4:])
 
-    def _accumulate(self, plan: Plan, checked: Checked) -> None:
+    def _accumulate(self, plan: Plan, checked: Checked, clipping: Tensor) -> None:
         """Phase 1: m and v from g, f̄ from f - Σ⟨p, g⟩, each starting at its first good value."""
         momentum, beta2 = self.param_groups[0]["momentum"], self.param_groups[0]["beta2"]
         weights = []
@@ -225,8 +243,9 @@ class NonEuclideanDescent(Optimizer):
         for bucket, grads in zip(plan.buckets, checked.grads, strict=True):
             bucket.accumulate(grads, checked.ok, *weights[bucket.cohort])
         if checked.loss is not None and plan.options.momo:  # then all parameters are in one cohort
-            change = checked.loss - checked.inner - plan.running_loss
-            plan.running_loss.add_(torch.where(checked.ok, change, 0) * weights[0][0])
+            linear = {"running_loss": clipping * checked.loss - checked.inner, "running_weight": clipping}
+            for key, value in linear.items():
+                plan.shared[key].add_(torch.where(checked.ok, value - plan.shared[key], 0) * weights[0][0])
 
     def _measure(self, plan: Plan, checked: Checked) -> DualNorms:
         """Phase 2: the dual norm d of every unit, and Σ⟨p, m⟩."""
@@ -242,43 +261,66 @@ class NonEuclideanDescent(Optimizer):
         """Phase 3: D, the shares c, τ, and what multiplies the direction of every unit."""
         d = dual.norms * plan.scales
         n = plan.matrix_units
-        D, matrix_shares, vector_shares = plan.product_norm.compose(d[:n], d[n:])
-        tau, bound, memory = self._step_size(plan, checked.loss, dual.inner, D)
+        D, *shares = plan.product_norm.compose(d[:n], d[n:])
+        duals = torch.stack([(c * d_k).sum() for c, d_k in zip(shares, (d[:n], d[n:]), strict=True)])
+        unit = D if plan.options.descent == "regularized" else torch.ones_like(D)
+        chosen = self._step_size(plan, checked, dual.inner, D, duals, unit)
         # Momenta are finite here, but sums of large ones may not be: then nothing moves, and the step is bad.
-        ok = checked.ok & D.isfinite() & tau.isfinite()
-        length = tau * D if plan.options.descent == "regularized" else tau
-        shares = torch.cat([matrix_shares, vector_shares])
+        ok = checked.ok & D.isfinite() & chosen.tau.isfinite().all()
         # s counts once in d (for the share and D) and once more in the direction.
-        coefficients = torch.where(ok, -length * shares * plan.scales, 0)
-        return Decided(ok, tau, D, coefficients, plan.eta * ok, bound, memory)
+        per_length = torch.where(ok, torch.cat(shares) * plan.scales, 0)
+        lengths = torch.where(ok, chosen.tau * unit, 0)
+        decay_rates = chosen.tau if plan.options.decay_at == "step" else plan.eta.expand(2)
+        return Decided(
+            ok,
+            chosen,
+            D,
+            coefficients=-lengths[plan.parts] * per_length,
+            per_length=per_length,
+            decay_rates=torch.where(ok, decay_rates, 0),
+        )
 
     def _step_size(
-        self, plan: Plan, loss: Tensor | None, inner: Tensor, D: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """τ; with Momo also F*, and what the rule for F* remembers."""
-        if loss is None or not plan.options.momo:
-            return torch.where(D == 0, 0, plan.eta), None, None
-        rule, memory, descent = plan.lower_bound, plan.bound_memory, plan.options.descent
-        seen = Seen(loss, model_value(plan.running_loss, inner), plan.eta)
+        self, plan: Plan, checked: Checked, inner: Tensor, D: Tensor, duals: Tensor, unit: Tensor
+    ) -> StepSize:
+        """τ: the smallest of the learning rate and of what the slope and Momo allow."""
+        options, shared = plan.options, plan.shared
+        learned: dict[str, Tensor] = {}
+        tau = torch.where(D == 0, 0, plan.eta).expand(2)
+        if options.slope:
+            pace = Pace(*shared["pace"].view(-1, 2))
+            pace, allowed = advance(pace, checked.slopes, duals, plan.eta, unit, options.first_step)
+            tau, learned["pace"] = torch.minimum(tau, allowed), torch.cat(pace)
+        is_limited = ((tau == plan.eta) & (tau > 0)).any()
+        if checked.loss is None or not options.momo:
+            return StepSize(tau, is_limited, torch.zeros_like(is_limited), None, learned)
+        rule, memory = plan.lower_bound, shared.get("lower_bound_memory", plan.like)
+        weight = shared["running_weight"]
+        seen = Seen(checked.loss, model_value(shared["running_loss"], inner) / weight, plan.eta)
         bound = rule.bound(memory, seen)
-        height = rule.part(memory, seen) * (seen.model - bound)
-        tau = truncated_step_size(plan.eta, height, D, descent)
-        return tau, bound, rule.remember(memory, seen, model_decrease(tau, D, descent))
+        height = rule.part(memory, seen) * (seen.model - bound) * weight
+        truncated = truncated_step_size(tau, height, D, options.descent)
+        if rule.initial:
+            decrease = (truncated * unit * duals).sum() / weight
+            learned["lower_bound_memory"] = rule.remember(memory, seen, decrease)
+        return StepSize(truncated, is_limited, (truncated < tau).any(), bound, learned)
 
     def _apply(self, plan: Plan, dual: DualNorms, decided: Decided) -> None:
-        """Phase 4: p ← (1 - ηλ) p + coefficient u. What was learned for the next step is kept."""
-        d, coefficients = torch.split(dual.norms, plan.units), torch.split(decided.coefficients, plan.units)
+        """Phase 4: p ← (1 - τλ) p + coefficient u. What was learned for the next step is kept."""
+        columns = (dual.norms, decided.coefficients, decided.per_length)
+        d, coefficients, per_length = (torch.split(x, plan.units) for x in columns)
         nuclear_norms = []
         for i, bucket in enumerate(plan.moving):
+            motion = Motion(coefficients[i], per_length[i], decided.decay_rates[bucket.part])
             # Popped, so that the polar factors are freed bucket by bucket.
-            norms = bucket.apply(dual.measured.pop(0), d[i], coefficients[i], decided.decay_rate)
+            norms = bucket.apply(dual.measured.pop(0), d[i], motion)
             nuclear_norms += [] if norms is None else [norms]  # vectors have none
         if plan.stale_norms:
             fresh = _sum_over_ranks(plan, torch.cat(nuclear_norms))
             kept = torch.where(decided.ok, fresh, torch.cat(plan.stale_norms))
             torch._foreach_copy_(plan.stale_norms, torch.split(kept, [len(x) for x in plan.stale_norms]))
-        if decided.bound_memory is not None:
-            plan.bound_memory.copy_(torch.where(decided.ok, decided.bound_memory, plan.bound_memory))
+        for key, value in decided.step_size.learned.items():
+            plan.shared[key].copy_(torch.where(decided.ok, value, plan.shared[key]))
 
     # ---------------------------------------------------------------- the loss
 
@@ -297,7 +339,22 @@ class NonEuclideanDescent(Optimizer):
             loss = loss.detach()
         self._observed = loss if begin or self._observed is None else self._observed + loss
 
-    def _take_loss(self, closure: Callable[[], Loss] | None, loss: Loss | None) -> Loss | None:
+    def observe_clipping(self, factor: Clipping) -> None:
+        """Notes by what the gradients of the next ``step`` were multiplied when they were clipped.
+
+        Momo needs it: a clipped gradient belongs to a loss that is smaller by the same factor. Without it,
+        truncated steps are longer by 1 / factor.
+
+        Args:
+            factor: In (0, 1]; a Python number, a tensor of one element, or a function that returns one and
+                is called in ``step``.
+        """
+        self._clipping = factor
+
+    def _take_loss(
+        self, closure: Callable[[], Loss] | None, loss: Loss | None
+    ) -> tuple[Loss | None, Tensor | float]:
+        """The loss of this step, and by what its gradients were multiplied; both are used up."""
         if closure is not None:
             if loss is not None:
                 raise ValueError(
@@ -306,12 +363,13 @@ class NonEuclideanDescent(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         observed, self._observed = self._observed, None
+        clipping, self._clipping = self._clipping, 1.0
         loss = observed if loss is None else loss
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(
                 f"the loss has shape {tuple(loss.shape)}; step() needs one number, such as its mean."
             )
-        return loss
+        return loss, clipping() if callable(clipping) else clipping
 
     # ---------------------------------------------------------------- the learning rate and the plan
 
@@ -362,12 +420,13 @@ class NonEuclideanDescent(Optimizer):
     def _report(self, plan: Plan, lr: float, checked: Checked, dual: DualNorms, decided: Decided) -> None:
         record = StepRecord(
             lr=lr,
-            step_size=decided.step_size,
-            truncated=decided.step_size < plan.eta,
+            step_sizes=decided.step_size.tau,
+            truncated=decided.step_size.is_truncated,
+            limited=decided.step_size.is_limited,
             dual_norm=decided.dual,
             loss=checked.loss,
-            running_loss=None if decided.lower_bound is None else plan.running_loss.clone(),
-            lower_bound=decided.lower_bound,
+            running_loss=plan.shared["running_loss"].clone() if plan.options.momo else None,
+            lower_bound=decided.step_size.lower_bound,
             nuclear_norms=dual.norms[: plan.matrix_units],
             matrix_names=plan.matrix_names,
         )
@@ -377,11 +436,13 @@ class NonEuclideanDescent(Optimizer):
         """What the last step did. Reading waits for the device; steps that nobody reads do not.
 
         Returns:
-            An empty dict before the first step; then ``lr`` η, ``step_size`` τ, ``truncated``, ``dual_norm``
-            D, ``loss`` (mean over the ranks, None if unknown), ``running_loss`` f̄ (None without Momo),
-            ``loss_lower_bound`` F* (None where a rule knows none), ``nuclear_norms`` by the matrix's name
-            (as the step used them: exact, stale or Frobenius), and counts since the optimizer was made:
-            ``steps``, ``truncated_steps``, ``bad_steps``, ``consecutive_bad_steps``, and
+            An empty dict before the first step; then ``lr`` η, ``step_size`` τ of the matrices,
+            ``vector_step_size`` τ of the vectors (they differ by the slope alone), ``truncated`` (Momo
+            bounds the step), ``limited`` (the learning rate does), ``dual_norm`` D, ``loss`` (mean over the
+            ranks, None if unknown), ``running_loss`` f̄ (None without Momo), ``loss_lower_bound`` F* (None
+            where a rule knows none), ``nuclear_norms`` by the matrix's name (as the step used them: exact,
+            stale or Frobenius), and counts since the optimizer was made: ``steps``, ``truncated_steps``,
+            ``limited_steps``, ``zero_steps`` (τ was 0), ``bad_steps``, ``consecutive_bad_steps``, and
             ``first_fatal_step``, where the last ten bad steps in a row began (0 if that did not happen).
             ``bytes_sent`` is what this rank has sent to others for the steps so far, by collective; empty
             on one device.
@@ -441,6 +502,15 @@ def _inner(plan: Plan, xs: Sequence[Tensors]) -> Tensor:
         for bucket, x in zip(plan.buckets, xs, strict=True):
             total = total + bucket.inner(x)
     return total
+
+
+def _slopes(plan: Plan, grads: Sequence[Tensors]) -> list[Tensor]:
+    """This rank's part of ⟨g, u⟩ over matrices and over vectors; 0 without the slope."""
+    slopes = [plan.like, plan.like]
+    if plan.options.slope and plan.grid.replica == 0:
+        for bucket, g in zip(plan.moving, grads, strict=False):
+            slopes[bucket.part] = slopes[bucket.part] + bucket.slope(g)
+    return slopes
 
 
 def _references(group: dict[str, Any]) -> list[weakref.ref[Tensor]]:

@@ -20,6 +20,12 @@ from .product_norms import PRODUCT_NORMS, ProductNormName
 NuclearNormName = Literal["exact", "stale", "frobenius"]
 NUCLEAR_NORMS: tuple[str, ...] = get_args(NuclearNormName)
 
+StepSizeName = Literal["rate", "momo", "slope", "momo+slope"]
+STEP_SIZES: tuple[str, ...] = get_args(StepSizeName)
+
+DecayName = Literal["step", "rate"]
+DECAYS: tuple[str, ...] = get_args(DecayName)
+
 # ---------------------------------------------------------------- what a value may be
 
 
@@ -74,9 +80,9 @@ _BOOLEAN_OR_NONE = Rule(
 # ---------------------------------------------------------------- the options
 
 
-def _option(rule: Rule, help: str, default: Any = MISSING, *, momo_only: bool = False) -> Any:
-    """A field with what is known of the option."""
-    metadata = {"rule": rule, "help": help, "momo_only": momo_only}
+def _option(rule: Rule, help: str, default: Any = MISSING, *, only: str | None = None) -> Any:
+    """A field with what is known of the option. ``only`` names the step size that it is for."""
+    metadata = {"rule": rule, "help": help, "only": only}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -88,34 +94,44 @@ class Options:
     product_norm: ProductNormName = _option(
         _one_of(PRODUCT_NORMS), "how the norms of all parameters make one norm"
     )
-    momo: bool = _option(
-        _BOOLEAN, "truncate the step size by a model of the loss; needs the loss of every step", False
+    step_size: StepSizeName = _option(
+        _one_of(STEP_SIZES),
+        "what bounds the step size. rate: the learning rate; momo: also a model of the loss, which needs "
+        "the loss of every step; slope: also the slope along the last step, so that nobody need choose a "
+        "learning rate",
+        "rate",
+    )
+    first_step: float = _option(
+        _POSITIVE, "length of the first step, in the product norm", 1e-6, only="slope"
     )
     loss_lower_bound: float | BoundRule = _option(
         _number_or(BOUND_RULES),
         "F*, a lower bound of the loss, or a rule that estimates one while training",
         0.0,
-        momo_only=True,
+        only="momo",
     )
     lower_bound_fraction: float = _option(
-        _FRACTION, "auto, relative: F* as a fraction of a running mean of the loss", 0.85, momo_only=True
+        _FRACTION, "auto, relative: F* as a fraction of a running mean of the loss", 0.85, only="momo"
     )
     lower_bound_horizon: float = _option(
         _number("a number of steps >= 1", lambda x: x >= 1),
         "auto, relative: number of steps that the running mean remembers",
         10.0,
-        momo_only=True,
+        only="momo",
     )
     lower_bound_slack: float = _option(
         _NOT_NEGATIVE,
         "auto: F* is at least this far below the running mean, in units of the loss",
         0.5,
-        momo_only=True,
+        only="momo",
     )
     momentum: float = _option(_FRACTION, "β, of the momentum and of the running loss", 0.95)
     beta2: float = _option(_FRACTION, "β₂, of the second moment", 0.95)
     eps: float = _option(_POSITIVE, "ε in a = ε + √v", 1e-8)
-    weight_decay: float = _option(_NOT_NEGATIVE, "decoupled weight decay λ: p ← (1 - ηλ) p", 0.0)
+    weight_decay: float = _option(_NOT_NEGATIVE, "decoupled weight decay λ: p ← (1 - τλ) p", 0.0)
+    decay_at: DecayName = _option(
+        _one_of(DECAYS), "step: weights decay at the step size τ; rate: at the learning rate η", "step"
+    )
     spectral_scale: float = _option(_POSITIVE, "s; the spectral norm is divided by it", 1.0)
     polar_method: PolarMethod = _option(
         _one_of(POLAR_METHODS), "how polar factors are computed", "polar_express"
@@ -138,6 +154,16 @@ class Options:
         "use few large calls and never read a value, as accelerators need; None: on all devices but the CPU",
         None,
     )
+
+    @property
+    def momo(self) -> bool:
+        """Whether a model of the loss bounds the step size."""
+        return is_bounded_by(self.step_size, "momo")
+
+    @property
+    def slope(self) -> bool:
+        """Whether the slope along the last step bounds the step size."""
+        return is_bounded_by(self.step_size, "slope")
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
@@ -173,8 +199,13 @@ class MethodOptions:
 LEARNING_RATE = _NOT_NEGATIVE
 
 
+def is_bounded_by(step_size: str, rule: str) -> bool:
+    """Whether a rule, ``momo`` or ``slope``, is a part of what bounds the step size."""
+    return rule in step_size.split("+")
+
+
 def fields(*kinds: type[Any]) -> dict[str, dataclasses.Field[Any]]:
-    """The fields of dataclasses of options by name; ``metadata`` holds ``rule``, ``help``, ``momo_only``."""
+    """The fields of dataclasses of options by name; ``metadata`` holds ``rule``, ``help``, ``only``."""
     return {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
 
 

@@ -29,6 +29,7 @@ from .nuclear_norms import ExactNuclearNorm, FrobeniusNuclearNorm, NuclearNorm, 
 from .options import Options
 from .parameters import LocalParameter, make_parameters
 from .product_norms import ProductNorm, product_norm
+from .slope import INITIAL_PACE
 from .state import Memory, State
 
 T = TypeVar("T")
@@ -65,12 +66,13 @@ class Plan:
     """s of every unit, of shape (units,)."""
     gradient_limits: Tensor
     """The largest entry that the gradient of each local parameter may have, of shape (local parameters,)."""
-    running_loss: Tensor
-    """f̄, 0-d, in the state of all parameters; not used without Momo."""
+    parts: Tensor
+    """The step size that every unit takes, 0 for matrices and 1 for vectors, of shape (units,)."""
+    shared: dict[str, Tensor]
+    """What the step size remembers, in the state of all parameters: with Momo ``running_loss`` f̄ and
+    ``running_weight`` C, 0-d, and ``lower_bound_memory``; with the slope ``pace``; both 1-D."""
     product_norm: ProductNorm
     lower_bound: LowerBound
-    bound_memory: Tensor
-    """What the lower bound remembers, 1-D, in the state of all parameters."""
     stale_norms: list[Tensor]
     """The nuclear norms of each matrix parameter, views of the state; empty unless they are stale."""
 
@@ -104,7 +106,8 @@ def make_plan(
         state,
         parameters,
         momo=options.momo,
-        bound_memory=bound.initial,
+        start=_start(options, bound, like),
+        slope=options.slope,
         stale=options.nuclear_norm == "stale",
         like=like,
     )
@@ -127,12 +130,24 @@ def make_plan(
         eta=torch.zeros_like(like),
         scales=torch.tensor(scales, dtype=like.dtype, device=like.device),
         gradient_limits=_gradient_limits([x for bucket in buckets for x in bucket.local], like),
-        running_loss=memory.running_loss,
+        parts=torch.tensor([0 if x.stack else 1 for x in moving for _ in range(x.units)], device=like.device),
+        shared=memory.shared,
         product_norm=product_norm(options.product_norm),
         lower_bound=bound,
-        bound_memory=memory.bound_memory,
         stale_norms=[memory.nuclear_norms(x) for x in in_matrices] if options.nuclear_norm == "stale" else [],
     )
+
+
+def _start(options: Options, bound: LowerBound, like: Tensor) -> dict[str, Tensor]:
+    """What the step size remembers before the first step."""
+    start = {}
+    if options.momo:
+        start = {"running_loss": torch.zeros_like(like), "running_weight": torch.zeros_like(like)}
+        if bound.initial:
+            start["lower_bound_memory"] = like.new_tensor(bound.initial)
+    if options.slope:
+        start["pace"] = like.new_tensor(INITIAL_PACE).reshape(-1)
+    return start
 
 
 def _find_parameters(
@@ -206,7 +221,8 @@ class _BucketMaker:
         )
         local = [x for x in parameters if x.shard.size]
         shards = [self._memory.second_moment_shard(x) for x in local if x.norm in ADAPTIVE_NORMS]
-        return cohort, Remembered([self._memory.of(x) for x in local], shards), workplace
+        states = [self._memory.of(x) for x in local]
+        return cohort, Remembered(states, shards, self._options.slope), workplace
 
     def _make_matrices(
         self, parameters: Sequence[LocalParameter], cohort_of: Mapping[LocalParameter, int]

@@ -1,8 +1,9 @@
 """The algorithm of the paper on one device, in the paper's order and symbols. Read this file first.
 
 Non-Euclidean gradient descent gives every parameter a norm, puts these norms together in a product norm,
-and steps along the steepest direction in it. Momo truncates the step size by a model of the loss. Muon,
-Scion, PolarGrad and MuonMax are choices of three settings (``hf_noneuclid.METHODS``).
+and steps along the steepest direction in it. Muon, Scion, PolarGrad and MuonMax are choices of three settings
+(``hf_noneuclid.METHODS``). The step size is the learning rate, bounded by Momo, a model of the loss, or by
+the slope, which is not in the paper (``hf_noneuclid.slope`` says why it is what it is).
 
 Nothing here is fast, sharded or safe: ``hf_noneuclid.NonEuclideanDescent`` is, and is tested against this.
 
@@ -17,9 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import exp, log, sqrt
 
 import torch
 from torch import Tensor
+
+TINY = 1e-300  # 0 / TINY is 0
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Parameter:
     d: Tensor = field(init=False)  # dual norm of m
     u: Tensor = field(init=False)  # steepest direction
     nuclear: Tensor = field(init=False)  # nuclear norm of m, kept for the next step
+    last: Tensor = field(init=False)  # the last step, per unit of its length
 
 
 class ReferenceDescent:
@@ -45,8 +50,10 @@ class ReferenceDescent:
         parameters: Matrices (2-D) and vectors (any shape); ``p`` is changed in place.
         descent: ``constrained`` or ``regularized``.
         product_norm: ``linf``, ``l2`` or ``hybrid``.
-        momo: Truncate the step size.
+        step_size: What bounds it, ``rate``, ``momo``, ``slope`` or ``momo+slope``.
+        decay_at: Weights decay at τ (``step``) or, as in the paper, at η (``rate``).
         F_star: F*, a lower bound of the loss.
+        first_step: Length of the first step by the slope.
         beta: β, of the momentum m and of the running loss f̄.
         beta2: β₂, of the second moment v.
         eps: ε in a = ε + √v.
@@ -59,28 +66,42 @@ class ReferenceDescent:
         *,
         descent: str,
         product_norm: str,
-        momo: bool = False,
+        step_size: str = "rate",
+        decay_at: str = "step",
         F_star: float = 0.0,
+        first_step: float = 1e-6,
         beta: float = 0.95,
         beta2: float = 0.95,
         eps: float = 1e-8,
         nuclear_norm: str = "exact",
     ) -> None:
         self.parameters, self.descent, self.product_norm = parameters, descent, product_norm
-        self.momo, self.F_star, self.nuclear_norm = momo, F_star, nuclear_norm
-        self.beta, self.beta2, self.eps = beta, beta2, eps
+        self.bounds, self.decay_at, self.F_star = step_size.split("+"), decay_at, F_star
+        self.beta, self.beta2, self.eps, self.nuclear_norm = beta, beta2, eps, nuclear_norm
         self.f_bar: Tensor | None = None  # the running loss f̄; None before the first step
+        self.weight = 1.0  # C, of f in f̄
+        self.paces = Pace(first_step), Pace(first_step)  # of the matrices and of the vectors
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None], eta: float, f: float = 0.0) -> float:
-        """Takes a step with learning rate η from gradients of the loss f; returns the step size τ."""
+    def step(
+        self, gradients: Sequence[Tensor | None], eta: float, f: float = 0.0, clipping: float = 1.0
+    ) -> tuple[float, float]:
+        """Takes a step with learning rate η; returns the step sizes τ of the matrices and of the vectors.
+
+        Args:
+            gradients: Of the loss f, multiplied by ``clipping``.
+            eta: Learning rate η.
+            f: The loss.
+            clipping: In (0, 1].
+        """
         for x, g in zip(self.parameters, gradients, strict=True):
             x.g = torch.zeros_like(x.p) if g is None else g
 
         # Averages of gradients, squared gradients and linearised losses, which start at the first value.
         is_first = self.f_bar is None
-        linear = f - self._sum((x.p, x.g) for x in self.parameters)
+        linear = clipping * f - self._sum((x.p, x.g) for x in self.parameters)
         self.f_bar = linear if self.f_bar is None else self.beta * self.f_bar + (1 - self.beta) * linear
+        self.weight = clipping if is_first else self.beta * self.weight + (1 - self.beta) * clipping
         for x in self.parameters:
             x.m = x.g.clone() if is_first else self.beta * x.m + (1 - self.beta) * x.g
             x.v = x.g.square() if is_first else self.beta2 * x.v + (1 - self.beta2) * x.g.square()
@@ -93,17 +114,33 @@ class ReferenceDescent:
         # Of all parameters: the dual norm D of everything, and the share c of each.
         D, shares = self._compose()
 
-        # The step size τ: η, or less where the model of the loss would fall below F*.
-        length = D if self.descent == "regularized" else torch.ones_like(D)
-        tau = torch.full_like(D, eta)
-        if self.momo:
-            h = self.f_bar - self.F_star + self._sum((x.p, x.m) for x in self.parameters)
-            tau = torch.minimum(tau, h.clamp(min=0) / (D * length))
-        tau = torch.where(D == 0, 0, tau)
+        # The step size τ: η, or less where the slope says so, or where the model of the loss would fall
+        # below F*.
+        unit = D if self.descent == "regularized" else torch.ones_like(D)  # the length of a step with τ = 1
+        tau = [eta, eta]
+        if "slope" in self.bounds:
+            tau = self._follow_slope(shares, eta, unit.item(), is_first)
+        if "momo" in self.bounds:
+            h = self.f_bar + self._sum((x.p, x.m) for x in self.parameters) - self.weight * self.F_star
+            tau = [min(t, (h.clamp(min=0) / (D * unit)).item()) for t in tau]
+        tau = [t if D > 0 else 0.0 for t in tau]
 
         for x, c in zip(self.parameters, shares, strict=True):
-            x.p.mul_(1 - eta * x.weight_decay).sub_(tau * length * c * x.s * x.u)
-        return tau.item()
+            t = tau[x.norm != "spectral"]
+            x.last = c * x.s * x.u
+            x.p.mul_(1 - (t if self.decay_at == "step" else eta) * x.weight_decay).sub_(t * unit * x.last)
+        return tau[0], tau[1]
+
+    def _follow_slope(self, shares: Tensor, eta: float, unit: float, is_first: bool) -> list[float]:
+        """τ of the matrices and of the vectors by the slope along the last step."""
+        tau = []
+        for k, pace in enumerate(self.paces):
+            part = [
+                (x, c) for x, c in zip(self.parameters, shares, strict=True) if (x.norm != "spectral") == k
+            ]
+            slope = 0.0 if is_first else sum((x.g * x.last).sum().item() for x, _ in part)
+            tau.append(min(eta, pace.step_size(slope, sum((c * x.d).item() for x, c in part), eta, unit)))
+        return tau
 
     def _measure(self, x: Parameter, is_first: bool) -> tuple[Tensor, Tensor]:
         """The dual norm and the steepest direction of the momentum of a parameter, where s = 1."""
@@ -136,6 +173,61 @@ class ReferenceDescent:
     def _sum(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """Σ⟨x, y⟩."""
         return torch.stack([(x * y).sum() for x, y in pairs]).sum()
+
+
+class Pace:
+    """The step size of the matrices, or of the vectors, by the slope along their last step.
+
+    Args:
+        first_step: Length of the first step.
+    """
+
+    def __init__(self, first_step: float) -> None:
+        self.first_step, self.peak = first_step, 0.0
+        self.log_tau: float | None = None
+        self.is_growing, self.steps = True, 0
+        self.mean = self.largest = self.variance = 0.0
+
+    def step_size(self, slope: float, d: float, eta: float, unit: float) -> float:
+        """τ before it is bounded by η; ``unit`` is the length of a step with τ = 1."""
+        self.peak = max(self.peak, eta)
+        s = eta / self.peak if self.peak > 0 else 1.0
+        if self.log_tau is not None:
+            change = self._grow(slope) if self.is_growing else self._pursue(slope / max(d, TINY), s)
+            self.log_tau += change
+            if self.peak > 0:
+                self.log_tau = min(self.log_tau, log(self.peak))
+        elif unit > 0:
+            self.log_tau = log(self.first_step) - log(unit)
+        return 0.0 if self.log_tau is None else s * exp(self.log_tau)
+
+    def _grow(self, slope: float) -> float:
+        """The change of log τ: 0.7 while the slope is what it was, a quarter when it has halved."""
+        if self.steps == 0:
+            self.mean = slope
+        else:
+            self.variance += ((slope - self.mean) ** 2 - self.variance) / self.steps
+            self.mean = (self.mean + slope) / 2
+        self.steps += 1
+        self.largest = max(self.largest, self.mean)
+        noise = sqrt(self.variance)
+        if self.steps > 1 and self.mean + noise < self.largest / 2:
+            self.is_growing, self.mean, self.steps = False, 0.0, 0
+            return log(0.25)
+        return 0.7 * clip(slope / max(self.largest, noise, TINY))
+
+    def _pursue(self, q: float, s: float) -> float:
+        """The change of log τ towards where the slope is 0.07 D."""
+        q = clip(q)
+        self.mean += (q - self.mean) / 10
+        gain = 1.0 if self.mean > 0.15 else 2 / (2 + self.steps)
+        self.steps += 1
+        return gain * s**4 * (q - 0.07)
+
+
+def clip(x: float) -> float:
+    """x, at least -1 and at most 1."""
+    return max(-1.0, min(1.0, x))
 
 
 def polar_factor(m: Tensor) -> Tensor:

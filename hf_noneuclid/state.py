@@ -1,4 +1,4 @@
-"""What is remembered between steps: m, v, f̄ and stale nuclear norms, as state of the parameters.
+"""What is remembered between steps: m, v, the last step, f̄ and the like, as state of the parameters.
 
 Everything is a plain tensor in the ``state`` of a parameter, because engines carry that through sharding and
 checkpoints. What all parameters share (the step count, the running loss) is one tensor in the state of each.
@@ -9,21 +9,19 @@ and its stale norms hold only the parameters that need one, one after another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .distributed.shards import LocalShard
-from .elementwise import wide_dtype
+from .elementwise import narrow_dtype, wide_dtype
 from .norms import ADAPTIVE_NORMS
 from .nuclear_norms import UNSET
 from .parameters import LocalParameter
 
 State = MutableMapping[Tensor, dict[str, Any]]
-
-_SCALARS = ("step", "running_loss", "lower_bound_memory", "nuclear_norm")
 
 
 class Memory:
@@ -36,8 +34,9 @@ class Memory:
     Args:
         state: Of the optimizer; changed in place.
         parameters: Of the plan.
-        momo: Keep a running loss, and what the lower bound remembers.
-        bound_memory: What the lower bound remembers before the first step.
+        momo: All parameters belong to one cohort.
+        start: What all parameters share beside the step count, by key, before the first step.
+        slope: Keep the last step.
         stale: Keep nuclear norms.
         like: 0-d, of the dtype and device of all scalars.
     """
@@ -48,7 +47,8 @@ class Memory:
         parameters: Sequence[LocalParameter],
         *,
         momo: bool,
-        bound_memory: Sequence[float],
+        start: Mapping[str, Tensor],
+        slope: bool,
         stale: bool,
         like: Tensor,
     ) -> None:
@@ -58,21 +58,22 @@ class Memory:
         self._without_norms: set[Tensor] = set()
         known = [state[x.shard.tensor] for x in parameters if x.shard.tensor in state]
         for its in known:  # a checkpoint puts scalars where the parameter is, which may be offloaded
-            its.update({key: its[key].to(like.device) for key in _SCALARS if key in its})
-        shared = dict(known[0]) if known and momo else {}
-        if len(shared.get("lower_bound_memory", ())) != len(bound_memory):
-            shared.pop("lower_bound_memory", None)  # of another rule, which started from other values
-        step = shared.get("step", torch.zeros_like(like))
+            keys = its.keys() & {"step", "nuclear_norm", *start}
+            its.update({key: its[key].to(like.device) for key in keys})
+        shared = known[0] if known else {}
+        step = shared["step"] if shared and momo else torch.zeros_like(like)
         for x in parameters:
-            self._make(x, step, stale, like)
+            self._make(x, step, slope, stale, like)
         self.cohorts = self._by_step(parameters, apart=bool(known) and not momo)
-        self.running_loss, self.bound_memory = torch.zeros_like(like), like.new_tensor(bound_memory)
-        if momo:
-            self.running_loss = self._share("running_loss", parameters, shared, self.running_loss)
-            if bound_memory:
-                self.bound_memory = self._share("lower_bound_memory", parameters, shared, self.bound_memory)
+        self.shared: dict[str, Tensor] = {}
+        for key, value in start.items():
+            # Of another rule for the lower bound, which started from other values.
+            fits = key in shared and shared[key].shape == value.shape
+            self.shared[key] = shared[key] if fits else value
+            for x in parameters:
+                self._state[x.shard.tensor][key] = self.shared[key]
 
-    def _make(self, x: LocalParameter, step: Tensor, stale: bool, like: Tensor) -> None:
+    def _make(self, x: LocalParameter, step: Tensor, slope: bool, stale: bool, like: Tensor) -> None:
         """Makes what is missing in the state of a parameter."""
         tensor = x.shard.tensor
         dtype = wide_dtype(tensor.dtype)  # in bfloat16 the change (1 - β)(g - m) soon rounds to nothing
@@ -83,6 +84,8 @@ class Memory:
             is_flat = x.shard.flat is not None
             part = tensor[: _packed_length(x, self._second)] if is_flat else tensor
             its["second_moment"] = torch.zeros_like(part, dtype=dtype)
+        if slope and "last_step" not in its:
+            its["last_step"] = torch.zeros_like(tensor, dtype=narrow_dtype(tensor.dtype))
         if stale and x in self._nuclear and "nuclear_norm" not in its:
             its["nuclear_norm"] = like.new_full((_packed_length(x, self._nuclear),), UNSET)
             self._without_norms.add(tensor)
@@ -101,14 +104,6 @@ class Memory:
                 self._state[x.shard.tensor]["step"] = step
             cohorts.append((step, its))
         return cohorts
-
-    def _share(
-        self, key: str, parameters: Iterable[LocalParameter], shared: dict[str, Any], start: Tensor
-    ) -> Tensor:
-        value: Tensor = shared.get(key, start)
-        for x in parameters:
-            self._state[x.shard.tensor][key] = value
-        return value
 
     def of(self, x: LocalParameter) -> dict[str, Any]:
         """The state of the tensor of a parameter, which other parameters may share."""

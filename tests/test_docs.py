@@ -199,7 +199,7 @@ OPTIONS = {
     name.strip("`"): (values, default.strip("`")) for name, values, default, _ in table("README.md", "option")
 }
 REQUIRED = [name for name, (_, default) in OPTIONS.items() if default == "required"]
-CHOICES = {"descent": "regularized", "product_norm": "hybrid", "vector_norm": "ada_l2", "momo": True}
+CHOICES = {"descent": "regularized", "product_norm": "hybrid", "vector_norm": "ada_l2", "step_size": "momo"}
 SAMPLES = {  # values that a range holds, and values that it does not
     "[0, 1)": (["0", "0.99"], ["1", "-0.1"]),
     "> 0": (["1e-3", "1000"], ["0", "-1"]),

@@ -780,8 +780,8 @@ def test_presets_give_a_method_only_what_it_has():
         assert (args.learning_rate, args.optim_args) == (3e-4, f"{given}momentum=0.8")
     free = "descent=constrained,product_norm=linf,vector_norm=linf"
     assert parsed("--optim=noneuclid", f"--optim_args={free}").optim_args == f"{free},momentum=0.8"
-    momo = parsed("--optim=noneuclid", f"--optim_args={free},momo=true").optim_args
-    assert momo == f"{free},momo=true,momentum=0.8,lower_bound_slack=1.0"
+    momo = parsed("--optim=noneuclid", f"--optim_args={free},step_size=momo").optim_args
+    assert momo == f"{free},step_size=momo,momentum=0.8,lower_bound_slack=1.0"
     _, _, classifier = parse(["--use_cpu=true", "--label_column=b"], ARGUMENT_TYPES["classify"])
     presets.apply_preset(presets.CLASSIFIER, classifier)
     assert (classifier.learning_rate, classifier.optim_args) == (1e-3, None)

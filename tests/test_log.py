@@ -17,7 +17,7 @@ def log_of(losses, caplog, **options):
         0.1,
         descent="regularized",
         product_norm="hybrid",
-        momo=True,
+        step_size="momo",
         **options,
     )
     log, metrics = StepLog(optimizer), []

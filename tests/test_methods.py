@@ -9,6 +9,7 @@ from hf_noneuclid import METHODS, create_optimizer
 from hf_noneuclid.methods import Method, all_names, canonical_name, parse_options, resolve
 from hf_noneuclid.momo import DESCENTS
 from hf_noneuclid.norms import VECTOR_NORMS
+from hf_noneuclid.options import STEP_SIZES
 from hf_noneuclid.product_norms import PRODUCT_NORMS
 
 
@@ -17,13 +18,13 @@ def model():
 
 
 def test_the_table_of_the_paper():
-    assert METHODS["muon"] == Method("constrained", "linf", "ada_linf", momo=False)
-    assert METHODS["scion"] == Method("constrained", "linf", "linf", momo=False)
-    assert METHODS["polargrad"] == Method("regularized", "l2", "ada_l2", momo=False)
-    assert METHODS["muonmax"] == Method("regularized", "hybrid", "ada_l2", momo=False)
+    assert METHODS["muon"] == Method("constrained", "linf", "ada_linf", step_size="rate")
+    assert METHODS["scion"] == Method("constrained", "linf", "linf", step_size="rate")
+    assert METHODS["polargrad"] == Method("regularized", "l2", "ada_l2", step_size="rate")
+    assert METHODS["muonmax"] == Method("regularized", "hybrid", "ada_l2", step_size="rate")
     for name in ("muon", "scion", "polargrad", "muonmax"):
         plain, momo = METHODS[name], METHODS[f"{name}_momo"]
-        assert momo == Method(plain.descent, plain.product_norm, plain.vector_norm, momo=True)
+        assert momo == Method(plain.descent, plain.product_norm, plain.vector_norm, step_size="momo")
 
 
 @pytest.mark.parametrize(
@@ -49,11 +50,11 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
 
 
 def test_text_becomes_typed_values():
-    text = {"momentum": "0.9", "polar_steps": "7", "momo": "True", "nuclear_norm": "stale", "eps": "1e-6"}
+    text = {"momentum": "0.9", "polar_steps": "7", "step_size": "momo", "nuclear_norm": "stale"}
     assert parse_options(text) == {
         "momentum": 0.9,
         "polar_steps": 7,
-        "momo": True,
+        "step_size": "momo",
         "nuclear_norm": "stale",
         "eps": 1e-6,
     }
@@ -64,7 +65,7 @@ def test_text_becomes_typed_values():
     [
         ({"momentum": "high"}, r"option momentum must be a number in \[0, 1\), not 'high'"),
         ({"polar_steps": "2.5"}, "option polar_steps must be an integer >= 1, not '2.5'"),
-        ({"momo": "maybe"}, "option momo must be true or false, not 'maybe'"),
+        ({"foreach": "maybe"}, "option foreach must be true, false or None, not 'maybe'"),
     ],
 )
 def test_text_of_another_type_is_refused(text, message):
@@ -80,7 +81,7 @@ def test_text_of_another_type_is_refused(text, message):
             {"betas": 1},
             "method muon: unknown option 'betas'; known are beta2, eps, foreach, matrix_lr_scale",
         ),
-        ("muonmax", {"momo": True}, "unknown option 'momo'"),
+        ("muonmax", {"first_step": 1.0}, "unknown option 'first_step'"),
         ("muonmax", {"loss_lower_bound": 1.0}, "unknown option 'loss_lower_bound'"),
         ("muonmax", {"momentum": 2.0}, r"momentum must be a number in \[0, 1\), not 2.0"),
         ("muonmax_momo", {"loss_lower_bound": "low"}, "loss_lower_bound must be a finite number"),
@@ -98,14 +99,14 @@ def test_options_that_do_not_fit_the_method_are_refused(method, options, message
         resolve(method, **options)
 
 
-@pytest.mark.parametrize("momo", [False, True])
+@pytest.mark.parametrize("step_size", STEP_SIZES)
 @pytest.mark.parametrize("vector_norm", VECTOR_NORMS)
 @pytest.mark.parametrize("product_norm", PRODUCT_NORMS)
 @pytest.mark.parametrize("descent", DESCENTS)
-def test_every_combination_is_reachable_and_steps(descent, product_norm, vector_norm, momo):
+def test_every_combination_is_reachable_and_steps(descent, product_norm, vector_norm, step_size):
     options = {"descent": descent, "product_norm": product_norm, "vector_norm": vector_norm}
     net = model()
-    optimizer = create_optimizer(net, "noneuclid", lr=1e-3, momo=momo, **options)
+    optimizer = create_optimizer(net, "noneuclid", lr=1e-3, step_size=step_size, **options)
     before = [p.detach().clone() for p in net.parameters()]
     loss = net(torch.tensor([1, 2])).square().sum()
     loss.backward()

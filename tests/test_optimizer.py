@@ -169,7 +169,8 @@ def make_pair(dtype):
     }
     params = dict(twin.named_parameters())
     group = {"params": [(name, params[name]) for name in names], **lists}
-    single = NonEuclideanDescent([group], lr=0.02, descent="regularized", product_norm="hybrid", momo=True)
+    options = {"descent": "regularized", "product_norm": "hybrid", "step_size": "momo"}
+    single = NonEuclideanDescent([group], lr=0.02, **options)
     return (net, optimizer), (twin, single)
 
 
@@ -636,7 +637,7 @@ def build(matrix=None, vector=None, **options):
         ({"lr": math.nan}, "lr must be"),
         ({"descent": "steepest"}, "descent must be one of constrained, regularized, not 'steepest'"),
         ({"product_norm": "l3"}, "product_norm must be one of linf, l2, hybrid"),
-        ({"momo": 1}, "momo must be true or false"),
+        ({"step_size": 1}, "step_size must be one of rate, momo, slope"),
         ({"loss_lower_bound": math.inf}, "loss_lower_bound must be a finite number"),
         ({"momentum": 1.0}, r"momentum must be a number in \[0, 1\)"),
         ({"beta2": -0.1}, r"beta2 must be a number in \[0, 1\)"),

@@ -28,7 +28,7 @@ NOT_NEGATIVE = ([0, 0.0, 1, 0.5, 1e30], [-1, -1e-30, True])
 COUNT = ([1, 5, 10**6], [0, -1, 1.0, 2.5, True])
 BOOLEAN = ([True, False], [0, 1, "true", None])
 LIMITS = {
-    "momo": BOOLEAN,
+    "first_step": POSITIVE,
     "loss_lower_bound": ([0.0, -3, 1e9, "auto", "relative", "star"], [True, None]),
     "lower_bound_fraction": FRACTION,
     "lower_bound_horizon": ([1, 1.0, 10.5, 1e6], [0, 0.99, -1, True]),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hf_noneuclid import NonEuclideanDescent
 from hf_noneuclid.momo import DESCENTS
 from hf_noneuclid.norms import VECTOR_NORMS
-from hf_noneuclid.options import NUCLEAR_NORMS
+from hf_noneuclid.options import DECAYS, NUCLEAR_NORMS, STEP_SIZES
 from hf_noneuclid.product_norms import PRODUCT_NORMS
 from hf_noneuclid.reference import Parameter, ReferenceDescent
 
@@ -50,17 +50,17 @@ class Group(NamedTuple):
 
 SIDES = st.integers(1, 5)
 SCALES = st.sampled_from([0.3, 1.0, 4.0])
-DECAYS = st.sampled_from([0.0, 0.1, 2.0])
+WEIGHT_DECAYS = st.sampled_from([0.0, 0.1, 2.0])
 MATRICES = st.one_of(
     st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES, SIDES), st.tuples(SIDES, SIDES, st.just(2), st.just(2))
 )
-MATRIX_GROUPS = st.builds(Group, MATRICES, st.just("spectral"), st.booleans(), DECAYS, SCALES, SCALES)
+MATRIX_GROUPS = st.builds(Group, MATRICES, st.just("spectral"), st.booleans(), WEIGHT_DECAYS, SCALES, SCALES)
 VECTOR_GROUPS = st.builds(
     Group,
     st.one_of(st.tuples(SIDES), st.tuples(SIDES, SIDES)),
     st.sampled_from(VECTOR_NORMS),
     st.just(False),
-    DECAYS,
+    WEIGHT_DECAYS,
     SCALES,
     st.just(1.0),
 )
@@ -68,7 +68,8 @@ OPTIONS = st.fixed_dictionaries(
     {
         "descent": st.sampled_from(DESCENTS),
         "product_norm": st.sampled_from(PRODUCT_NORMS),
-        "momo": st.booleans(),
+        "step_size": st.sampled_from(STEP_SIZES),
+        "decay_at": st.sampled_from(DECAYS),
         "momentum": st.sampled_from([0.0, 0.5, 0.95]),
         "beta2": st.sampled_from([0.0, 0.5, 0.95]),
         "eps": st.sampled_from([1e-8, 1e-2]),
@@ -89,6 +90,12 @@ def reference_of(groups, params, options, lower_bound):
     )
 
 
+def height_terms(reference):
+    """What the height of the model is the difference of, in absolute values."""
+    inner = sum((x.p * x.m).sum().abs() for x in reference.parameters)
+    return abs(reference.f_bar.item()) + abs(reference.F_star) + inner.item()
+
+
 @pytest.mark.filterwarnings("ignore:loss_lower_bound is")  # some problems have a bound above the loss
 @settings(max_examples=100)
 @given(
@@ -98,12 +105,13 @@ def reference_of(groups, params, options, lower_bound):
     options=OPTIONS,
     lower_bound=st.sampled_from([-1.0, 0.0, 2.5]),
     lr=st.sampled_from([1e-3, 3e-2, 1.0]),
+    clipping=st.sampled_from([1.0, 0.3]),
     foreach=st.booleans(),
     workspace=st.sampled_from([1e-4, 256]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_the_optimizer_takes_the_steps_of_the_reference(
-    groups, options, lower_bound, lr, foreach, workspace, seed
+    groups, options, lower_bound, lr, clipping, foreach, workspace, seed
 ):
     generator = torch.Generator().manual_seed(seed)
 
@@ -122,8 +130,9 @@ def test_the_optimizer_takes_the_steps_of_the_reference(
         foreach=foreach,
         workspace=workspace,
         **options,
-        **({"loss_lower_bound": lower_bound} if options["momo"] else {}),
+        loss_lower_bound=lower_bound,
     )
+    unit_power = 2 if options["descent"] == "regularized" else 1
     for step in range(STEPS):
         rate = lr * (1 - step / STEPS)
         loss = 3 + randn(1).item()
@@ -135,9 +144,14 @@ def test_the_optimizer_takes_the_steps_of_the_reference(
             gradients += parts
         for group in optimizer.param_groups:
             group["lr"] = rate
+        optimizer.observe_clipping(clipping)
         optimizer.step(loss=loss)
-        tau = reference.step(gradients, rate, loss)
-        assert optimizer.diagnostics()["step_size"] == pytest.approx(tau, rel=1e-10, abs=1e-300)
+        step_sizes = reference.step(gradients, rate, loss, clipping)
+        now = optimizer.diagnostics()
+        # Where h is a small difference of large numbers, its digits are those of the large ones.
+        digits = 1e-13 * height_terms(reference) / max(now["dual_norm"], 1e-30) ** unit_power
+        found = now["step_size"], now["vector_step_size"]
+        assert found == pytest.approx(step_sizes, rel=1e-10, abs=max(digits, 1e-300))
     expected = iter(reference.parameters)
     for group, param in zip(groups, params, strict=True):
         for p in group.split(param.detach()):
@@ -171,7 +185,9 @@ def test_the_reference_reproduces_a_trajectory(case):
         list(params.values()),
         F_star=case["loss_lower_bound"] if case["momo"] else 0.0,
         beta=case["momentum"],
-        **{key: case[key] for key in ("descent", "product_norm", "momo", "beta2", "eps", "nuclear_norm")},
+        step_size="momo" if case["momo"] else "rate",
+        decay_at="rate",
+        **{key: case[key] for key in ("descent", "product_norm", "beta2", "eps", "nuclear_norm")},
     )
     step_sizes = []
     for factor, noise in zip(PROBLEM["lr_schedule"], PROBLEM["noise"], strict=True):
@@ -180,7 +196,7 @@ def test_the_reference_reproduces_a_trajectory(case):
             difference = x.p - targets[name]
             loss += 0.5 * PROBLEM["curvature"] * difference.square().sum().item()
             gradients.append(PROBLEM["curvature"] * difference + noise[name])
-        step_sizes.append(reference.step(gradients, case["lr"] * factor, loss))
+        step_sizes.append(reference.step(gradients, case["lr"] * factor, loss)[0])
     assert step_sizes == pytest.approx(case["step_sizes"], rel=1e-12)
     for name, final in tensors(case["final"]).items():
         torch.testing.assert_close(params[name].p, final, rtol=1e-12, atol=1e-12)

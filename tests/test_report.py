@@ -321,13 +321,14 @@ def variants_suite():
         "descent": ["constrained", "regularized"],
         "product_norm": ["linf", "l2", "hybrid"],
         "vector_norm": ["linf", "ada_linf", "ada_l2"],
-        "momo": [False, True],
+        "step_size": ["rate", "momo"],
     }
     return make_suite({"method": ["noneuclid"], "learning_rate": RATES[1:], "method_options": choices})
 
 
 def test_all_36_variants_are_in_the_heat_map(variants_suite, tmp_path):
-    results = all_ended(variants_suite, lambda run: bowl(run) + 0.5 * run.method_options["momo"])
+    shift = {"rate": 0.0, "momo": 0.5}
+    results = all_ended(variants_suite, lambda run: bowl(run) + shift[run.method_options["step_size"]])
     _, text = written(variants_suite, results, tmp_path)
     rows = table_of(text, "The 36 variants")
     assert len(rows) == 36

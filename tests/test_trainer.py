@@ -160,20 +160,20 @@ def test_the_trainer_reaches_a_method_by_its_name(arguments, name):
     method = METHODS[{"momo_muonmax": "muonmax_momo", "muonadam": "muon"}.get(name, name.replace("-", "_"))]
     assert {group["norm"] for group in groups} == {"spectral", method.vector_norm}
     for group in groups:
-        settings = (group["descent"], group["product_norm"], group["momo"])
-        assert settings == (method.descent, method.product_norm, method.momo)
+        settings = (group["descent"], group["product_norm"], group["step_size"])
+        assert settings == (method.descent, method.product_norm, method.step_size)
     assert any((witness.before[0][0][name] != x).any() for name, x in witness.after[-1][0].items())
 
 
 def test_the_free_method_takes_its_settings_from_optim_args(arguments):
-    settings = "descent=regularized,product_norm=linf,vector_norm=ada_linf,momo=true"
+    settings = "descent=regularized,product_norm=linf,vector_norm=ada_linf,step_size=momo"
     trainer, _ = train(Trainer, arguments(optim="noneuclid", optim_args=settings, max_steps=1))
     group = find_optimizer(trainer.optimizer).param_groups[-1]
-    assert [group[key] for key in ("descent", "product_norm", "norm", "momo")] == [
+    assert [group[key] for key in ("descent", "product_norm", "norm", "step_size")] == [
         "regularized",
         "linf",
         "ada_linf",
-        True,
+        "momo",
     ]
 
 
@@ -209,7 +209,8 @@ def test_a_class_names_its_method_and_options(arguments):
 
 
 def test_optim_wins_over_the_method_of_the_class(arguments):
-    assert optimizer_of(NonEuclidTrainer(gpt2(), arguments(optim="scion"))).param_groups[0]["momo"] is False
+    optimizer = optimizer_of(NonEuclidTrainer(gpt2(), arguments(optim="scion")))
+    assert optimizer.param_groups[0]["step_size"] == "rate"
 
 
 def test_the_registry_gets_a_class_and_params_not_a_factory(arguments):

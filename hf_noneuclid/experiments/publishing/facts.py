@@ -84,7 +84,7 @@ class RunFacts:
         settings, tuning = resolve(name, **parse_options(option_pairs(self.options.get("optim_args"))))
         parameters = inspect.signature(NonEuclideanDescent).parameters.values()
         defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
-        del defaults["momo"], defaults["spectral_scale"]  # part of the settings; set by no method
+        del defaults["step_size"], defaults["spectral_scale"]  # part of the settings; set by no method
         values = {**asdict(settings), **defaults, "matrix_lr_scale": DEFAULT_MATRIX_LR_SCALE, **tuning}
         shown = {key: value for key, value in values.items() if settings.momo or "lower_bound" not in key}
         run = {key: value for key, value in self.options.items() if key in ("weight_decay", "learning_rate")}

@@ -12,7 +12,7 @@ from hf_noneuclid.experiments.reporting import measures
 from hf_noneuclid.experiments.reporting.curves import Curve, Point, best_of_each, by_setting, with_lower_bound
 from hf_noneuclid.experiments.reporting.tables import band, loss, per_setting, rate
 
-VARIANT_OPTIONS = ("descent", "product_norm", "vector_norm", "momo")
+VARIANT_OPTIONS = ("descent", "product_norm", "vector_norm", "step_size")
 FACTORS = (1, 10, 30)  # times the best learning rate of the method, for lower bounds
 
 

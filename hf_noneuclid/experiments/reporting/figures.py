@@ -34,7 +34,7 @@ STEP_SIZE_RATES = 4
 DARK = 0.55  # of the colour map: lighter cells get dark text
 CELL_COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="#DDDDDD")
 DESCENTS, PRODUCTS = ("constrained", "regularized"), ("linf", "l2", "hybrid")
-VECTORS, MOMO = ("linf", "ada_linf", "ada_l2"), ("false", "true")
+VECTORS, STEP_SIZES = ("linf", "ada_linf", "ada_l2"), ("rate", "momo")
 
 
 def draw(folder: Path, curves: Sequence[Curve]) -> list[str]:
@@ -258,11 +258,11 @@ def _heat_map(
     figure: Figure, axes: Axes, found: Mapping[tuple[str, ...], float | None], heading: str
 ) -> None:
     rows = list(itertools.product(DESCENTS, PRODUCTS))
-    columns = [(vector, momo) for momo in MOMO for vector in VECTORS]
+    columns = [(vector, momo) for momo in STEP_SIZES for vector in VECTORS]
     cells = [[found.get((*row, *column)) for column in columns] for row in rows]
     values = np.array([[math.nan if cell is None else cell for cell in line] for line in cells])
     image = axes.imshow(np.ma.masked_invalid(values), cmap=CELL_COLOURS, aspect="auto")
-    names = [f"{vector} +Momo" if momo == "true" else vector for vector, momo in columns]
+    names = [f"{vector} +Momo" if momo == "momo" else vector for vector, momo in columns]
     axes.set_xticks(range(len(columns)), names, rotation=35, ha="right")
     axes.set_yticks(range(len(rows)), [", ".join(row) for row in rows])
     axes.set_title(heading, fontsize=8)
