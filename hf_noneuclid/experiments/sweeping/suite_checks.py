@@ -11,6 +11,7 @@ from hf_noneuclid.experiments.common import InputError, option_pairs, require
 from hf_noneuclid.experiments.sweeping.commands import as_arguments, recipe_flags
 from hf_noneuclid.experiments.sweeping.suite import Suite
 from hf_noneuclid.experiments.training import options
+from hf_noneuclid.experiments.training.peers import PEERS, check_peer
 from hf_noneuclid.methods import FREE_METHOD, METHODS, all_names, parse_options, resolve
 
 FILES = ("train_files", "validation_files", "old_domain_files")
@@ -43,6 +44,13 @@ def check_suite(suite: Suite, processes: int) -> None:
             require(Path(path).is_file(), f"{name}: there is no file {path}")
 
 
+def check_peers(suite: Suite) -> None:
+    """Raises InputError if an optimizer of the suite needs a package that is not installed."""
+    for block in suite.grid:
+        for method in block["method"]:
+            check_peer(method)
+
+
 def check_model(suite: Suite) -> None:
     """Checks that the default model of fine-tuning is there, if the suite starts from it.
 
@@ -70,6 +78,6 @@ def _check_method(method: str, text: str, where: str) -> None:
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
         return
-    others = [item.value for item in OptimizerNames if item.value not in all_names()]
-    known = f"{', '.join([*METHODS, FREE_METHOD])}, and the Trainer's {', '.join(others)}"
+    others = [*PEERS] + [item.value for item in OptimizerNames if item.value not in all_names()]
+    known = f"{', '.join([*METHODS, FREE_METHOD])}, and of others {', '.join(others)}"
     require(method in others, f"{where}: unknown method {method!r}; known are {known}")

@@ -3,11 +3,21 @@
 Importing this module is quick; neither torch nor a peer is imported with it.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
-from hf_noneuclid.experiments.common import InputError, require
+from hf_noneuclid.experiments.common import require
 
 PEERS = ("prodigy", "momo_adam")
+PACKAGES = {"prodigy": "prodigyopt", "momo_adam": "momo", "schedule_free_adamw": "schedulefree"}
+HINT = "pip install 'hf_noneuclid[peers]'"
+
+
+def check_peer(method: str) -> None:
+    """Raises InputError if a method of a suite needs a package that is not installed."""
+    package = PACKAGES.get(method)
+    is_there = package is None or find_spec(package) is not None
+    require(is_there, f"{method}: there is no package {package}: {HINT}")
 
 
 def peer(args: Any) -> tuple[type, dict[str, Any]]:
@@ -16,17 +26,15 @@ def peer(args: Any) -> tuple[type, dict[str, Any]]:
     Raises:
         InputError: Its package is not installed, or the run accumulates gradients where the loss is needed.
     """
+    check_peer(args.peer)
     options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
     accumulates = args.peer == "momo_adam" and args.gradient_accumulation_steps > 1
     require(not accumulates, "--peer momo_adam takes one loss: it needs --gradient_accumulation_steps 1")
-    try:
-        if args.peer == "prodigy":
-            from prodigyopt import Prodigy
-
-            return Prodigy, {**options, "safeguard_warmup": args.warmup_steps > 0}
+    if args.peer == "momo_adam":
         return _momo_adam(), options
-    except ImportError as error:
-        raise InputError(f"--peer {args.peer}: {error}; pip install 'hf_noneuclid[peers]'") from error
+    from prodigyopt import Prodigy
+
+    return Prodigy, {**options, "safeguard_warmup": args.warmup_steps > 0}
 
 
 def _momo_adam() -> type:
