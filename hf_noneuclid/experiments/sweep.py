@@ -107,7 +107,6 @@ def prepare_study(storage: str, name: str, suite: Suite, processes: int) -> optu
 
         suite_checks.check_suite(suite, processes)
         suite_checks.check_model(suite)
-        suite_checks.check_peers(suite)
         study.set_user_attr("id", uuid.uuid4().hex)
         study.set_user_attr("suite", asdict(suite))
     return study

@@ -1,7 +1,8 @@
 """Writing a report: report.md, results.json and the figures."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from hf_noneuclid.experiments.reporting.tasks import (
 )
 from hf_noneuclid.experiments.reporting.text import CAPTIONS, markdown
 from hf_noneuclid.experiments.sweeping.suite import Result, Suite
+
+PAGE = "report.md"
 
 
 def report(suite: Suite, found: Sequence[Result], folder: Path) -> Path:
@@ -49,39 +52,35 @@ def report_again(results_folder: Path, folder: Path) -> Path:
 
 
 def report_tasks(tasks: Iterable[tuple[Suite, Sequence[Result]]], folder: Path) -> Path:
-    """Writes the report of a suite with tasks, and gives the path of report.md.
-
-    Raises:
-        InputError: The folder cannot be written to.
-    """
+    """Writes the report of a suite with tasks as ``report`` does."""
     return _write_tasks(folder, summarise_tasks(tasks))
 
 
 def _write_tasks(folder: Path, summary: dict[str, Any]) -> Path:
-    def figures() -> None:
+    with _writing(folder, summary):
+        name = "excess.png"
         with matplotlib.rc_context(STYLE):
-            save(folder / "excess.png", excess_figure(summary))
-
-    return _write_files(folder, summary, figures, lambda: tasks_markdown(summary, ["excess.png"]))
+            save(folder / name, excess_figure(summary))
+        page = tasks_markdown(summary, name)
+        write_whole(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    return folder / PAGE
 
 
 def _write(folder: Path, summary: dict[str, Any], curves: Sequence[Curve]) -> Path:
-    def page() -> str:
-        return markdown(summary, curves, [name for name in CAPTIONS if (folder / name).is_file()])
+    with _writing(folder, summary):
+        draw(folder, curves)
+        page = markdown(summary, curves, [name for name in CAPTIONS if (folder / name).is_file()])
+        write_whole(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    return folder / PAGE
 
-    return _write_files(folder, summary, lambda: draw(folder, curves), page)
 
-
-def _write_files(
-    folder: Path, summary: dict[str, Any], figures: Callable[[], object], page: Callable[[], str]
-) -> Path:
+@contextmanager
+def _writing(folder: Path, summary: dict[str, Any]) -> Iterator[None]:
+    """Makes the folder with results.json, and says in words what cannot be written."""
     text = json.dumps(finite(summary), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figures()
         write_whole(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
-        written = page()
-        write_whole(folder / "report.md", lambda path: path.write_text(written, encoding="utf-8"))
+        yield
     except OSError as error:
         raise InputError(f"--output_dir {folder} cannot be written to: {error}; give another") from error
-    return folder / "report.md"

@@ -11,7 +11,7 @@ import yaml
 
 from hf_noneuclid.experiments.common import InputError, recipes_folder
 from hf_noneuclid.experiments.sweeping.suite import Run, Suite, as_text
-from hf_noneuclid.experiments.training.peers import PEERS
+from hf_noneuclid.experiments.sweeping.suite_file import PEERS
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import difflib
 from argparse import ArgumentError
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -10,10 +11,11 @@ from transformers.training_args import OptimizerNames
 from hf_noneuclid.experiments.common import InputError, option_pairs, require
 from hf_noneuclid.experiments.sweeping.commands import as_arguments, recipe_flags
 from hf_noneuclid.experiments.sweeping.suite import Suite
+from hf_noneuclid.experiments.sweeping.suite_file import PEERS
 from hf_noneuclid.experiments.training import options
-from hf_noneuclid.experiments.training.peers import PEERS, check_peer
 from hf_noneuclid.methods import FREE_METHOD, METHODS, all_names, parse_options, resolve
 
+PACKAGES = {"prodigy": "prodigyopt", "momo_adam": "momo", "schedule_free_adamw": "schedulefree"}
 FILES = ("train_files", "validation_files", "old_domain_files")
 
 
@@ -44,22 +46,19 @@ def check_suite(suite: Suite, processes: int) -> None:
             require(Path(path).is_file(), f"{name}: there is no file {path}")
 
 
-def check_peers(suite: Suite) -> None:
-    """Raises InputError if an optimizer of the suite needs a package that is not installed."""
-    for block in suite.grid:
-        for method in block["method"]:
-            check_peer(method)
-
-
 def check_model(suite: Suite) -> None:
-    """Checks that the default model of fine-tuning is there, if the suite starts from it.
+    """Checks that the packages of peers, and the default model if fine-tuning starts from it, are there.
 
     Raises:
-        InputError: It has not been trained yet.
+        InputError: One is not.
     """
+    for method, package in PACKAGES.items():
+        used = any(method in block["method"] for block in suite.grid)
+        lacks = f"{method} needs the package {package}: pip install 'hf_noneuclid[peers]'"
+        require(not used or find_spec(package), lacks)
     named = any(suite.options.get(name) for name in ("model_name_or_path", "model_package"))
     model = Path(options.DEFAULT_MODEL)
-    if suite.recipe != "pretrain" and not named and not (model / "config.json").is_file():
+    if suite.recipe in ("finetune", "classify") and not named and not (model / "config.json").is_file():
         raise InputError(
             f"the suite starts from {model}, which is not there: run recipes/pretrain.py first, or name "
             "another model with --option model_name_or_path=..."

@@ -11,6 +11,7 @@ from hf_noneuclid.experiments.common import InputError, require
 from hf_noneuclid.experiments.secrets import holds_secret
 
 RECIPES = ("pretrain", "finetune", "classify", "digits")
+PEERS = ("prodigy", "momo_adam")  # methods of suites that a recipe takes as --peer, not as --optim
 REQUIRED_KEYS = ("about", "recipe", "grid")
 MERGED_KEYS = ("options", "per_method", "report")  # of a task: added to those of the file
 TASK_KEYS = (*REQUIRED_KEYS, *MERGED_KEYS, "start", "learning_rate")

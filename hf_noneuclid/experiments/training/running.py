@@ -15,7 +15,6 @@ from hf_noneuclid.experiments.common import ExitCode, InputError, PushError
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.training.checkpoints import delete_run, read_state
 from hf_noneuclid.experiments.training.options import RecipeArguments
-from hf_noneuclid.experiments.training.peers import peer
 from hf_noneuclid.experiments.training.results import count_parameters, write_metrics
 
 # The word in the message and the exit code of the errors after which the user has to act.
@@ -47,7 +46,7 @@ def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
     """Raises InputError if the optimizer cannot be built, so that no file is written before that is known."""
     try:
         if args.peer:
-            peer(args)
+            peer_of(args)
             return
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if "params" in options:  # one of ours; it allocates no state before its first step
@@ -56,15 +55,35 @@ def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
         raise InputError(f"--optim {args.method}: {error}") from error
 
 
+def peer_of(args: RecipeArguments) -> tuple[type, dict[str, Any]]:
+    """The class of the optimizer that ``--peer`` names, and its arguments, for the Trainer."""
+    options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    if args.peer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy, {**options, "safeguard_warmup": args.warmup_steps > 0}
+    from momo import MomoAdam
+
+    class MomoAdamOfTrainer(MomoAdam):
+        """MoMo-Adam, which finds the loss of the step in an attribute that RecipeTrainer sets."""
+
+        loss: Any = None
+
+        def step(self, closure: Any = None) -> Any:
+            return super().step(loss=self.loss)
+
+    return MomoAdamOfTrainer, options
+
+
 class RecipeTrainer(Trainer):
     """The Trainer with the paper's schedule; its ``facts`` are what metrics.json says beside the results."""
 
     def __init__(self, *, facts: dict[str, Any], **arguments: Any) -> None:
         if arguments["args"].peer:
-            arguments["optimizer_cls_and_kwargs"] = peer(arguments["args"])
+            arguments["optimizer_cls_and_kwargs"] = peer_of(arguments["args"])
         super().__init__(**arguments)
         self.facts = facts
-        self._steps_done = 0
+        self._steps_done, self._window_is_over = 0, True
 
     def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
         """Trains the steps that a checkpoint leaves; deletes an old run first, if it may."""
@@ -92,11 +111,12 @@ class RecipeTrainer(Trainer):
         return (0 if 0 < max_steps <= self._steps_done else epochs, *others, max_steps)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Hands the loss to the one peer that takes it."""
+        """Hands the loss to the one peer that takes it, of all the batches that are accumulated."""
         loss = super().training_step(*args, **kwargs)
-        optimizer = getattr(self.optimizer, "optimizer", None)
-        if self.args.peer and hasattr(optimizer, "loss"):
-            optimizer.loss = loss
+        if self.args.peer == "momo_adam":
+            momo = self.optimizer.optimizer
+            momo.loss = loss if self._window_is_over else momo.loss + loss
+            self._window_is_over = self.accelerator.sync_gradients
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
