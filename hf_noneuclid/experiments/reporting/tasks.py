@@ -175,7 +175,7 @@ def _ran(tasks: Sequence[Task]) -> str:
         hours = [str(ran["missing"]), number(median(seconds) if seconds else None), f"{ran['hours']:.2f}"]
         rows.append([task["name"], task["suite"]["about"], sizes, *counts, *hours])
     lines = [
-        f"- {name.capitalize()}: {', '.join(f'{key} {item}' for key, item in value.items())}"
+        f"- {name.capitalize()}: {', '.join(f'{key} {item}' for key, item in sorted(value.items()))}"
         for name in ("commits", "hardware", "versions")
         for task in tasks
         for value in task["ran"][name]

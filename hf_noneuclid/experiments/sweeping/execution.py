@@ -77,9 +77,8 @@ class Executor:
                 return False
             if (folder / "metrics.json").is_file():  # another worker has made it
                 return True
-            mode = "resume_from_checkpoint" if can_resume(folder) else "overwrite_output_dir"
-            flags = {"disable_tqdm": True, **self.suite.start, "output_dir": str(folder), mode: True}
-            command = command_of("pretrain", self.launch, flags)
+            flags = {"disable_tqdm": True, **self.suite.start}
+            command = self._command("pretrain", flags, folder, can_resume(folder))
             code = _wait(command, log, self.launch.environment(slot), stop)
             if code:
                 raise InputError(f"the model that the runs start from was not trained: see {log_of(folder)}")
@@ -102,13 +101,16 @@ class Executor:
         metrics.unlink(missing_ok=True)  # of another study, or of an attempt that failed
         if not resumed:
             log.truncate(0)
-        command = [*command_of(self.suite.recipe, self.launch, flags), f"--output_dir={folder}"]
-        command += ["--resume_from_checkpoint=true" if resumed else "--overwrite_output_dir=true"]
+        command = self._command(self.suite.recipe, flags, folder, resumed)
         start = time.monotonic()
         code = _wait(command, log, self.launch.environment(slot), stop)
         if code is None:
             return None
         return self._result(run, folder, code, None if resumed else time.monotonic() - start)
+
+    def _command(self, recipe: str, flags: Mapping[str, Any], folder: Path, resumed: bool) -> list[str]:
+        mode = "resume_from_checkpoint" if resumed else "overwrite_output_dir"
+        return [*command_of(recipe, self.launch, flags), f"--output_dir={folder}", f"--{mode}=true"]
 
     def _result(self, run: Run, folder: Path, code: int, seconds: float | None) -> Result:
         """Reads what a run left, and deletes its weights."""
