@@ -186,7 +186,7 @@ class Pace:
         self.first_step, self.peak = first_step, 0.0
         self.log_tau: float | None = None
         self.is_growing, self.steps = True, 0
-        self.mean = self.largest = self.variance = 0.0
+        self.mean = self.last = self.largest = self.variance = 0.0
 
     def step_size(self, slope: float, d: float, eta: float, unit: float) -> float:
         """τ before it is bounded by η; ``unit`` is the length of a step with τ = 1."""
@@ -206,9 +206,9 @@ class Pace:
         if self.steps == 0:
             self.mean = slope
         else:
-            self.variance += ((slope - self.mean) ** 2 - self.variance) / self.steps
+            self.variance += ((slope - self.last) ** 2 / 2 - self.variance) / self.steps
             self.mean = (self.mean + slope) / 2
-        self.steps += 1
+        self.last, self.steps = slope, self.steps + 1
         self.largest = max(self.largest, self.mean)
         noise = sqrt(self.variance)
         if self.steps > 1 and self.mean + noise < self.largest / 2:

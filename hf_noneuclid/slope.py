@@ -51,17 +51,19 @@ class Pace(NamedTuple):
     """1 or 0."""
     mean: Tensor
     """In growth, of the last slopes; in pursuit, of the last slopes as parts of D."""
+    last: Tensor
+    """The last slope in growth."""
     largest: Tensor
-    """The largest mean of the growth."""
+    """The largest mean in growth."""
     variance: Tensor
-    """The mean square of a slope's distance from the mean before it, in growth."""
+    """Of the slopes in growth: half the mean square of their differences, which a trend hardly changes."""
     steps: Tensor
     """The steps in growth, or in pursuit."""
     peak: Tensor
     """The highest learning rate so far."""
 
 
-INITIAL_PACE = [[x] * PARTS for x in (math.nan, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)]
+INITIAL_PACE = [[x] * PARTS for x in (math.nan, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)]
 """The pace before the first step."""
 
 
@@ -105,18 +107,16 @@ def _grow(pace: Pace, slopes: Tensor, tiny: float) -> Pace:
     """Doubles τ while the slope stays what it was; keeps a quarter of it when it has fallen to a half."""
     is_first = pace.steps == 0
     mean = torch.where(is_first, slopes, (pace.mean + slopes) / 2)
-    square = (slopes - pace.mean).square()
+    square = (slopes - pace.last).square() / 2
     variance = torch.where(is_first, 0, pace.variance + (square - pace.variance) / pace.steps.clamp(min=1))
-    largest = torch.maximum(pace.largest, mean)
-    # The mean of slopes that halves the weight of the past has a quarter of this variance: two standard
-    # errors are one root of it.
-    noise = variance.sqrt()
+    largest, noise = torch.maximum(pace.largest, mean), variance.sqrt()
     has_fallen = ~is_first & (mean + noise < FALLEN * largest)
     rise = GROWTH * (slopes / torch.maximum(largest, noise).clamp(min=tiny)).clamp(-1, 1)
     return Pace(
         log_step_size=pace.log_step_size + torch.where(has_fallen, math.log(RETREAT), rise),
         is_growing=pace.is_growing * ~has_fallen,
         mean=torch.where(has_fallen, 0, mean),
+        last=slopes,
         largest=largest,
         variance=variance,
         steps=torch.where(has_fallen, 0, pace.steps + 1),
