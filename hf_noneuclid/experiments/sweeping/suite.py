@@ -141,16 +141,9 @@ class Suite:
         """Every run that may ever be wanted."""
         seeds, more = self.seeds, self.more_seeds["seeds"]
         kept = [block for block in self.grid if block.get("more_seeds", True)]
-        return list(
-            dict.fromkeys(
-                [
-                    *self.runs(),
-                    *_with_seeds(self.grid, seeds, self.more_rates),
-                    *_with_seeds(kept, more),
-                    *_with_seeds(kept, more, self.more_rates),
-                ]
-            )
-        )
+        first = [*self.runs(), *_with_seeds(self.grid, seeds, self.more_rates)]
+        later = [*_with_seeds(kept, more), *_with_seeds(kept, more, self.more_rates)]
+        return list(dict.fromkeys([*first, *later]))
 
     def wanted(self, results: Iterable[Result]) -> list[Run]:
         """The first pass, and the further seeds that the results so far call for.
@@ -227,9 +220,9 @@ def load_suites(
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in suites.glob("*.yaml")))
             raise InputError(f"unknown suite {str(name_or_path)!r}: give one of {known}, or a .yaml file")
-    suites = [Suite(name=name, **values) for name, values in read_suites(path, overrides or {}).items()]
-    chosen = [suite for suite in suites if task in (None, suite.task)]
-    known = ", ".join(suite.task for suite in suites if suite.task) or "none"
+    found = [Suite(name=name, **values) for name, values in read_suites(path, overrides or {}).items()]
+    chosen = [suite for suite in found if task in (None, suite.task)]
+    known = ", ".join(suite.task for suite in found if suite.task) or "none"
     require(chosen, f"suite {path}: there is no task {task!r}; its tasks: {known}")
     return chosen
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -62,9 +61,9 @@ class RecipeArguments(TrainingArguments):
         secrets.keep_token(self)
         if self.peer:
             self.optim = "adamw_torch"  # so that no method of ours is prepared
-        if 0 < self.warmup_steps < 1 and self.max_steps > 0:  # Schedule-Free does not know parts of the steps
-            self.warmup_steps = math.ceil(self.warmup_steps * self.max_steps)
         super().__post_init__()
+        if self.max_steps > 0:  # Schedule-Free reads the warm-up as a number of steps
+            self.warmup_steps = self.get_warmup_steps(self.max_steps)
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.dataloader_pin_memory &= self.device.type != "cpu"  # torch warns of it at every evaluation
         if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
