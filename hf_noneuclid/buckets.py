@@ -216,6 +216,8 @@ class Motion(NamedTuple):
     """The same without its sign and per unit of the step's length, of shape (units,)."""
     decay_rate: Tensor
     """What multiplies the weight decay λ, 0-d."""
+    ok: Tensor
+    """Whether to move at all, 0-d."""
 
 
 class VectorBucket(Bucket):
@@ -275,7 +277,8 @@ class VectorBucket(Bucket):
             positions = [self._positions[i] for i in indices]
             move_(p, directions, [by_unit[i] for i in positions], decay, self._workplace.foreach)
             if last:
-                scale_(last_chunk, directions, [per_length[i] for i in positions])
+                shares = [per_length[i] for i in positions]
+                scale_(last_chunk, directions, shares, motion.ok, self._workplace.foreach)
 
 
 class MatrixBucket(Bucket):
@@ -335,7 +338,7 @@ class MatrixBucket(Bucket):
         decay = motion.decay_rate * self.weight_decay if self.weight_decay else None
         move_(values, local, self._spread(motion.coefficients), decay, self._workplace.foreach)
         if last := self.last_steps():
-            scale_(last, local, self._spread(motion.per_length))
+            scale_(last, local, self._spread(motion.per_length), motion.ok, self._workplace.foreach)
         return polar.nuclear_norms
 
     def polar(self, grads: Tensors | None = None) -> Polar:

@@ -181,9 +181,21 @@ def move_(
         torch._foreach_copy_(params, p)
 
 
-def scale_(targets: Tensors, xs: Tensors, coefficients: Tensors) -> None:
-    """target ← coefficient x, rounded to the dtype of the target; the coefficients broadcast."""
-    if targets and xs[0].device != targets[0].device:  # the parameters are offloaded
-        xs, coefficients = ([x.to(targets[0].device) for x in ys] for ys in (xs, coefficients))
+def scale_(targets: Tensors, xs: Tensors, coefficients: Tensors, ok: Tensor, foreach: bool) -> None:
+    """target ← coefficient x, rounded to the dtype of the target.
+
+    Args:
+        targets: Changed in place.
+        xs: Of their shapes.
+        coefficients: They broadcast over the shapes.
+        ok: 0-d, bool; where it is False nothing changes.
+        foreach: Read no value.
+    """
+    if not targets or not (foreach or ok):
+        return
+    device = targets[0].device
+    if xs[0].device != device or coefficients[0].device != device:  # the parameters are offloaded
+        xs, coefficients = ([x.to(device) for x in ys] for ys in (xs, coefficients))
+        ok = ok.to(device)
     for target, x, c in zip(targets, xs, coefficients, strict=True):
-        torch.mul(x, c, out=target) if target.dtype == x.dtype == c.dtype else target.copy_(x * c)
+        target.copy_(torch.where(ok, x * c, target) if foreach else x * c)

@@ -311,7 +311,7 @@ class NonEuclideanDescent(Optimizer):
         d, coefficients, per_length = (torch.split(x, plan.units) for x in columns)
         nuclear_norms = []
         for i, bucket in enumerate(plan.moving):
-            motion = Motion(coefficients[i], per_length[i], decided.decay_rates[bucket.part])
+            motion = Motion(coefficients[i], per_length[i], decided.decay_rates[bucket.part], decided.ok)
             # Popped, so that the polar factors are freed bucket by bucket.
             norms = bucket.apply(dual.measured.pop(0), d[i], motion)
             nuclear_norms += [] if norms is None else [norms]  # vectors have none

@@ -17,6 +17,7 @@ SHARES, STEPS = 4, 7
 LOSSES = (8.0, 12.0, 8.0, 20.0, 8.0, 24.0, 28.0)
 OFFSETS = (-3.0, -1.5, 0.5, 4.0)  # of the shares' losses; they add up to nothing
 LOWER_BOUND = 1.0
+FIRST_STEP = 0.01  # of the slope: long enough to outweigh the initial parameters, too
 # So high that Momo truncates some steps, and that the steps outweigh the initial parameters.
 LEARNING_RATES = {"muon": 0.05, "scion": 0.05, "polargrad": 2e-3, "muonmax": 6e-4}
 FEWER = {"full": 1, "one": 10, "none": 10}  # what the dual norms of the models are divided by, about
@@ -33,6 +34,8 @@ class Case(NamedTuple):
     starts_badly: bool = False
     """The first gradient is NaN, and one gradient is missing in the first good step."""
     lower_bound: float | str = LOWER_BOUND
+    step_size: str | None = None
+    """By default Momo or the rate, as the method's name says."""
 
     @property
     def bad_gradient(self):
@@ -46,7 +49,12 @@ class Case(NamedTuple):
     def bad_loss(self):
         return 4
 
+    @property
+    def bounded_by(self):
+        return self.step_size or ("momo" if self.method.endswith("_momo") else "rate")
 
+
+SLOPED = [method for method in METHODS if not method.endswith("_momo")]
 EVERYTHING = [
     Case(method, nuclear, polar)
     for method in METHODS
@@ -65,6 +73,9 @@ CASES = [
     Case("muonmax_momo", "frobenius", scale=TINY),
     Case("muonmax", "frobenius", scale=HUGE),
     *(Case("muonmax_momo", lower_bound=rule, starts_badly=x) for rule in BOUND_RULES for x in (False, True)),
+    *(Case(method, nuclear, step_size="slope") for method in SLOPED for nuclear in ("exact", "stale")),
+    *(Case("muonmax", step_size="momo+slope", starts_badly=x) for x in (False, True)),
+    *(Case("scion", step_size="slope", model=model) for model in ("one", "none")),
     *(Case(method, "stale", model=model) for method in METHODS for model in ("one", "none")),
     *(
         Case("muonmax_momo", nuclear, model=model)
@@ -173,7 +184,9 @@ def make_optimizer(case, model, merged):
         "momentum": 0.5,
         "beta2": 0.75,
         "matrix_lr_scale": 2.0,
-        **(bound if case.method.endswith("_momo") else {}),
+        "step_size": case.bounded_by,
+        **(bound if "momo" in case.bounded_by else {}),
+        **({"first_step": FIRST_STEP} if "slope" in case.bounded_by else {}),
     }
     name = case.method.removesuffix("_momo")
     lr = LEARNING_RATES[name] * FEWER[case.model] ** (1 if name in ("muon", "scion") else 2)

@@ -18,7 +18,7 @@ def snapshot(engine):
 
 
 def count_bytes(optimizer):
-    """Bytes of the state on this rank, of its momenta and second moments, and of float32 parameters."""
+    """Bytes of the state on this rank, of its large parts, and of float32 parameters."""
     state = optimizer.state
     held = {id(x): local(x) for its in state.values() for x in its.values()}
 
@@ -29,6 +29,7 @@ def count_bytes(optimizer):
         "all": sum(x.nbytes for x in held.values()),
         "momenta": named("momentum"),
         "second_moments": named("second_moment"),
+        "last_steps": named("last_step"),
         "float32": 4 * sum(local(p).numel() for p in state),
     }
 
