@@ -197,7 +197,8 @@ def test_a_report_of_tasks_is_written_again_from_its_results(tmp_path, capsys):
     report_tasks([(suite, results), task("two", 1, {})], tmp_path / "first")
     stored = json.loads((tmp_path / "first" / "results.json").read_text(encoding="utf-8"))
     assert {row["commit"]["id"] for row in stored["tasks"][0]["runs"]} == {"0123abc"}
-    assert "- Commits: clean True, id 0123abc" in (tmp_path / "first" / "report.md").read_text(encoding="utf-8")
+    text = (tmp_path / "first" / "report.md").read_text(encoding="utf-8")
+    assert "- Commits: clean True, id 0123abc" in text
     command.main([f"--results={tmp_path / 'first'}", f"--output_dir={tmp_path / 'again'}"])
     for name in ("report.md", "results.json", "excess.png"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()

@@ -344,6 +344,18 @@ def test_one_task_after_the_other_and_their_common_table(tmp_path, monkeypatch, 
     assert "--suite tiny --task a" in (folder / "a" / "report" / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_task_that_cannot_run_does_not_keep_the_others_from_running(tmp_path, monkeypatch, capsys):
+    fake_recipe(monkeypatch, WRITE)
+    tasks = {"bad": {"options": {"max_step": 3}}, "good": {}}
+    path, folder = write(tmp_path, tasks=tasks), tmp_path / "out"
+    with pytest.raises(SystemExit) as end:
+        sweep.main([f"--suite={path}", f"--output_dir={folder}"])
+    assert end.value.code == ExitCode.BAD_INPUT
+    text = capsys.readouterr().err
+    assert "error: tiny/bad: suite tiny/bad, muon: pretrain.py has no option 'max_step'" in text
+    assert "6 done, 0 diverged, 0 failed" in text
+
+
 def _only_of(folder, call):
     def guarded(executor, run, stop, slot=0):
         assert executor.output_dir == folder, "a finished run was repeated"

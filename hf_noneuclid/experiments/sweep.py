@@ -53,7 +53,14 @@ def sweep(args: argparse.Namespace) -> int:
         if suite.task:
             print(f"# {suite.name}: {suite.about}", file=sys.stderr)
         folder = args.output_dir or Path("outputs") / suite.name.partition("/")[0]
-        ended = sweep_one(args, suite, folder / suite.task)
+        try:
+            ended = sweep_one(args, suite, folder / suite.task)
+        except InputError as error:
+            if not suite.task:
+                raise
+            # The other tasks can still run.
+            print(f"noneuclid sweep: error: {suite.name}: {error}", file=sys.stderr)
+            ended = ExitCode.BAD_INPUT
         code = max(code, ended)
         if ended == ExitCode.INTERRUPTED:
             break
