@@ -1,4 +1,4 @@
-"""Pre-train a causal language model with non-Euclidean gradient descent.
+"""Pre-train a language model with non-Euclidean gradient descent.
 
     python recipes/pretrain.py
     accelerate launch recipes/pretrain.py --config recipes/configs/fineweb_124m.yaml --learning_rate 3e-3
@@ -20,7 +20,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from hf_noneuclid.experiments.common import InputError
 from hf_noneuclid.experiments.publishing.checks import check_hub
 from hf_noneuclid.experiments.publishing.model import push
-from hf_noneuclid.experiments.training.causal import summarise, summed_losses
+from hf_noneuclid.experiments.training import causal, masked
 from hf_noneuclid.experiments.training.checkpoints import find_checkpoint
 from hf_noneuclid.experiments.training.data import load_corpus
 from hf_noneuclid.experiments.training.model import load_config, load_model, load_tokenizer
@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, args = parse(argv, ARGUMENT_TYPES["pretrain"])
     if data_args.streaming and args.max_steps < 1:
         raise InputError("a stream has no known length: --streaming needs --max_steps")
+    is_causal, sums = model_args.task == "causal_lm", args.loss_reduction == "sum"
+    if sums and not is_causal:
+        raise InputError("--loss_reduction sum is for --task causal_lm")
 
     # What is written later must not change what these names mean.
     base_model = model_args.base
@@ -69,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_dataset=data.train.dataset,
         eval_dataset=spread(data.validation.dataset, data_args.eval_blocks),
         processing_class=tokenizer,
-        data_collator=collate,
-        preprocess_logits_for_metrics=summed_losses,
-        compute_metrics=summarise,
+        data_collator=collate if is_causal else masked.MaskingCollator(tokenizer),
+        compute_loss_func=causal.summed_loss if sums else None,
+        preprocess_logits_for_metrics=(causal if is_causal else masked).summed_losses,
+        compute_metrics=causal.summarise,
         facts={**describe_call("pretrain.py", argv), "resumed_from": checkpoint, "base_model": base_model},
     )
     began = time.perf_counter()
@@ -84,15 +88,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, loss = Path(args.output_dir), final["final_loss"]
     if trainer.is_world_process_zero():
         unset_hf_deepspeed_config()  # ZeRO-3 would partition the model loaded for the sample
+        bits = loss / math.log(2) * data.validation.tokens / data.validation.utf8_bytes
         results = {
             "seconds": seconds,
             "options": {**vars(model_args), **vars(data_args), **args.changed()},
             "perplexity": final["final_perplexity"],
-            "bits_per_byte": loss / math.log(2) * data.validation.tokens / data.validation.utf8_bytes,
+            "bits_per_byte": bits if is_causal else None,
             "tokens": trainer.state.global_step * args.sequences_per_step * block_size,
         }
         write_results(trainer, data, loss, results)
-        show_sample(folder, tokenizer.decode(data.validation.dataset[0]["input_ids"][:8]), args, loss)
+        if is_causal:
+            show_sample(folder, tokenizer.decode(data.validation.dataset[0]["input_ids"][:8]), args, loss)
         print(f"Validation loss {loss:.4f}, perplexity {final['final_perplexity']:.2f}: {folder}")
     trainer.accelerator.wait_for_everyone()
     push(folder, args)

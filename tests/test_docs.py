@@ -27,7 +27,7 @@ PAGES = (
     "accelerate_configs/README.md",
     ".github/CONTRIBUTING.md",
 )
-RECIPES = ("pretrain", "finetune", "classify")
+RECIPES = ("pretrain", "finetune", "classify", "digits")
 COMMANDS = ("sweep", "report", "plan", "benchmark", "publish")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

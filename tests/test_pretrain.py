@@ -8,16 +8,21 @@ import sys
 from pathlib import Path
 
 import datasets
+import digits
 import numpy as np
 import pretrain
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from hf_noneuclid.experiments.common import ExitCode, series, write_whole
+from hf_noneuclid.experiments import common
+from hf_noneuclid.experiments.common import ExitCode, InputError, series, write_whole
 from hf_noneuclid.experiments.training import results
+from hf_noneuclid.experiments.training.masked import MaskingCollator
+from hf_noneuclid.experiments.training.model import train_tokenizer
 from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES, parse
+from hf_noneuclid.experiments.training.packing import IGNORED
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -130,6 +135,129 @@ def test_the_embedded_corpus(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert not list(tmp_path.glob(".*")), "temporary files stay behind"
+
+
+def test_the_embedded_docstrings(tmp_path):
+    metrics = train(tmp_path, "--embedded_text=docstrings", "--max_steps=1", "--max_validation_blocks=4")
+    assert metrics["corpus"]["name"] == "docstrings of torch and transformers"
+    assert metrics["corpus"]["train_tokens"] > 100_000
+
+
+def test_the_commit_of_a_checkout_is_recorded(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b", *words], check=True
+        )
+
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "package" / "experiments" / "common.py"))
+    assert common.describe_commit() == {}
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "First")
+    first = common.describe_commit()["commit"]
+    assert (len(first["id"]), first["clean"]) == (40, True)
+    (tmp_path / "new.py").touch()
+    assert common.describe_commit()["commit"] == {**first, "clean": False}
+
+
+# ---------------------------------------------------------------- hidden tokens, summed losses, peers
+
+BERT = [
+    "--task=masked_lm",
+    "--model_type=bert",
+    "--config_overrides=hidden_size=16,intermediate_size=32,num_hidden_layers=1,num_attention_heads=2",
+]
+
+
+def test_a_masked_model_learns_the_hidden_tokens(tmp_path, text_file):
+    metrics = train(tmp_path, f"--train_files={text_file}", *BERT, "--max_steps=2", "--optim=muon")
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.mask_token_id is not None
+    assert metrics["bits_per_byte"] is None
+    text = Path(text_file).read_text(encoding="utf-8")
+    ids = tokenizer(text[text.index("\n", int(0.95 * len(text))) + 1 :])["input_ids"] + [
+        tokenizer.eos_token_id
+    ]
+    rows = [{"input_ids": ids[i : i + 32]} for i in range(0, len(ids) // 32 * 32, 32)]
+    batch = MaskingCollator(tokenizer)(rows)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits
+    hidden = batch["labels"] != IGNORED
+    loss = cross_entropy(logits[hidden].double(), batch["labels"][hidden]).item()
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_what_is_hidden_depends_on_the_block_alone(tmp_path):
+    tokenizer = train_tokenizer(["the king of the land"] * 9, 300, 200, "<|mask|>")
+    collator, generator = MaskingCollator(tokenizer), torch.Generator().manual_seed(0)
+    blocks = torch.randint(2, 300, (60, 200), generator=generator)
+    rows = [{"input_ids": block.numpy()} for block in blocks]
+    batch, alone = collator(rows), collator(rows[7:8])
+    for name in ("input_ids", "labels"):
+        assert torch.equal(batch[name][7], alone[name][0])
+    chosen = batch["labels"] != IGNORED
+    assert (chosen.sum(dim=1) == 30).all()
+    assert torch.equal(batch["labels"][chosen], blocks[chosen])
+    assert torch.equal(batch["input_ids"][~chosen], blocks[~chosen])
+    shown = batch["input_ids"][chosen]
+    assert ((shown == tokenizer.mask_token_id).float().mean() - 0.8).abs() < 0.01
+    assert 0.08 < ((shown != tokenizer.mask_token_id) & (shown != blocks[chosen])).float().mean() < 0.12
+    with pytest.raises(InputError, match="no mask_token"):
+        MaskingCollator(train_tokenizer(["words"], 300, 100))
+
+
+def test_a_loss_summed_over_tokens_is_that_many_times_the_mean(tmp_path, text_file):
+    flags = [f"--train_files={text_file}", "--max_steps=1", "--learning_rate=0", "--optim=adamw_torch"]
+    runs = [train(tmp_path / how, *flags, f"--loss_reduction={how}") for how in ("mean", "sum")]
+    mean, summed = (run["train_loss"] for run in runs)
+    assert summed == pytest.approx(4 * 31 * mean, rel=1e-4)
+    assert runs[0]["eval_loss"] == pytest.approx(runs[1]["eval_loss"], rel=1e-6)
+
+
+def test_prodigy_trains_as_a_peer(tmp_path, text_file):
+    prodigyopt = pytest.importorskip("prodigyopt")
+    flags = ["--peer=prodigy", "--learning_rate=1", "--adam_beta2=0.9", "--max_steps=3"]
+    trainer = caught(pretrain, tmp_path, f"--train_files={text_file}", *flags)
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, prodigyopt.Prodigy)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+    assert trainer.args.method == "prodigy"
+
+
+def test_momo_adam_gets_the_loss_of_every_step(tmp_path, text_file, monkeypatch):
+    momo = pytest.importorskip("momo")
+    losses, step = [], momo.MomoAdam.step
+    monkeypatch.setattr(
+        momo.MomoAdam, "step", lambda self, loss: losses.append(float(loss)) or step(self, loss=loss)
+    )
+    flags = ["--peer=momo_adam", "--learning_rate=1e-2", "--max_steps=3", "--gradient_accumulation_steps=2"]
+    trainer = caught(pretrain, tmp_path, f"--train_files={text_file}", *flags)
+    logged = series(trainer.state.log_history, "loss")[1]
+    assert losses == pytest.approx(logged, rel=1e-3)
+
+
+def caught(recipe, folder, *flags):
+    """The Trainer of a run of a recipe."""
+    trainers, init = [], recipe.RecipeTrainer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            recipe.RecipeTrainer, "__init__", lambda self, **k: trainers.append(self) or init(self, **k)
+        )
+        train(folder, *flags)
+    return trainers[0]
+
+
+def test_warm_up_in_parts_is_a_number_of_steps():
+    """Schedule-Free reads it as a number."""
+    assert parsed("--warmup_steps=0.1", "--max_steps=45")[2].warmup_steps == 5
+
+
+def test_digits_are_learnt(tmp_path):
+    shared = ["--use_cpu=true", "--hidden_size=16", "--layers=1", f"--output_dir={tmp_path}"]
+    digits.main([*shared, "--max_steps=60", "--optim=muon", "--learning_rate=0.02"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["eval_loss"] < 1.8
+    assert metrics["accuracy"] > 0.4
+    assert metrics["steps"] == 60
 
 
 def test_the_step_size_is_logged_and_drawn(tmp_path, text_file):
@@ -615,7 +743,10 @@ TAKE = """
 import sys
 import hf_noneuclid
 from hf_noneuclid.experiments.training import checkpoints
+from hf_noneuclid.experiments.training.masked import MaskingCollator
+from hf_noneuclid.experiments.training.model import train_tokenizer
 from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES, parse
+from hf_noneuclid.experiments.training.packing import IGNORED
 argv = ["--use_cpu=true", f"--output_dir={sys.argv[1]}", "--resume_from_checkpoint=true"]
 _, _, args = parse(argv, ARGUMENT_TYPES["pretrain"])
 if args.process_index == 1:  # a file system that shows this process less than the first

@@ -11,9 +11,10 @@ import pytest
 from hf_noneuclid.experiments import report as command
 from hf_noneuclid.experiments.common import InputError, recipes_folder
 from hf_noneuclid.experiments.reporting import comparisons, curves, figures, measures, panels
-from hf_noneuclid.experiments.reporting.report import report
+from hf_noneuclid.experiments.reporting.report import report, report_tasks
 from hf_noneuclid.experiments.reporting.summary import summarise
 from hf_noneuclid.experiments.reporting.tables import bound_name, bound_order, setting_names
+from hf_noneuclid.experiments.reporting.tasks import excess
 from hf_noneuclid.experiments.reporting.text import markdown
 from hf_noneuclid.experiments.sweeping.study import default_storage, open_study
 from hf_noneuclid.experiments.sweeping.suite import Result, Suite
@@ -108,6 +109,99 @@ def pair():
     """muon with and without Momo, three seeds, all ended."""
     suite = make_suite({"method": ["muon", "muon_momo"], "learning_rate": RATES}, seeds=(0, 1, 2))
     return suite, all_ended(suite, bowl)
+
+
+# ---------------------------------------------------------------- tasks
+
+GRID = [
+    {"method": ["muon", "scion"], "learning_rate": [1e-3, 1e-2, 1e-1], "column": "tuned"},
+    {
+        "method": ["muon", "scion"],
+        "learning_rate": [1.0],
+        "method_options": {"step_size": ["slope"]},
+        "column": "rule",
+    },
+    {"method": ["adamw_torch"], "learning_rate": [1e-2], "column": "AdamW"},
+]
+
+
+def task(name, place, losses, tuned=4.0):
+    """A task: tuned methods are best at 1e-2, and the others end at the given losses, by method."""
+
+    def loss(run):
+        if run.method == "adamw_torch":
+            return losses.get("AdamW", 4.1) + run.seed
+        if "step_size" in run.method_options:
+            return losses.get(run.method, 5.0)
+        return tuned + 0.1 * abs(math.log10(run.learning_rate) + 2) + 0.5 * run.seed
+
+    suite = replace(make_suite(*GRID, settings={"place": place}), name=f"tiny/{name}", seeds=[0])
+    more = replace(suite, more_seeds={"seeds": [1], "within_decades": 0.0})
+    return more, [
+        ended(run, loss(run)) for run in (*suite.runs(), *(r for r in more.possible_runs() if r.seed))
+    ]
+
+
+def test_tasks_stand_in_one_table_in_the_order_of_the_suite(tmp_path):
+    found = [task("late", 1, {"muon": 4.02, "scion": INF}), task("early", 0, {"muon": 4.4, "AdamW": 3.9})]
+    report_tasks(found, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    rows = table_of(text, "muon")
+    assert [row["task"] for row in rows] == ["early", "late"]
+    # The tuned mean is over both seeds, 4.0 and 4.5; the rule has 4.4 and 4.4, 3.5 % more over them.
+    assert [row["tuned"] for row in rows] == ["4.2500 at 0.01", "4.2500 at 0.01"]
+    assert [row["rule"] for row in rows] == ["4.4000 (+3.5 %)", "4.0200 (-5.4 %)"]
+    assert [row["AdamW"] for row in rows] == ["4.4000 (+3.5 %)", "4.6000 (+8.2 %)"]
+    counts = {row["of 2 tasks"]: row for row in table_of(text, "muon", skip=1)}
+    assert (counts["rule"]["within 1 % of tuned"], counts["rule"]["worse than 3 %"]) == ("1", "1")
+    assert (counts["rule"]["ahead of AdamW"], counts["rule"]["over 1 % behind it"]) == ("1", "0")
+    late = table_of(text, "scion")[1]
+    assert late["rule"] == "diverged"
+    assert table_of(text, "scion", skip=1)[1]["worse than 3 %"] == "2"
+    assert (tmp_path / "excess.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ({"0": 4.2, "1": 9.0}, {"0": 4.0}, 5.0),  # over the seeds of both
+        ({"0": 0.003}, {"0": 0.002}, 1.0),  # of 0.1 nats
+        ({"0": 4.0}, {"1": 4.0}, None),
+        (None, {"0": 4.0}, INF),
+        ({"0": 4.0}, None, -INF),
+        (None, None, None),
+    ],
+)
+def test_the_excess_over_another_loss(ours, theirs, expected):
+    entries = [{"losses": losses or {}, "diverged": losses is None} for losses in (ours, theirs)]
+    assert excess(*entries) == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_best_learning_rate_at_an_end_is_marked_and_what_is_missing_is_said(tmp_path):
+    suite, results = task("one", 0, {"muon": 4.0})
+    few = [result for result in results if result.run.learning_rate != 1e-1 and result.run.seed == 0]
+    report_tasks([(suite, few[:2])], tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "**Unfinished: " in text
+    (row,) = table_of(text, "muon")
+    assert (row["tuned"], row["rule"]) == ("4.0000 at 0.01", "-")
+    lowest = [replace(result, loss=1.0) if result.run.learning_rate == 1e-3 else result for result in results]
+    report_tasks([(suite, lowest)], tmp_path)
+    assert table_of((tmp_path / "report.md").read_text(encoding="utf-8"), "muon")[0]["tuned"].endswith("*")
+
+
+def test_a_report_of_tasks_is_written_again_from_its_results(tmp_path, capsys):
+    commit = {"commit": {"id": "0123abc", "clean": True}}
+    suite, results = task("one", 0, {"muon": 4.0, "scion": INF})
+    results = [replace(result, metrics={**result.metrics, **commit}) for result in results]
+    report_tasks([(suite, results), task("two", 1, {})], tmp_path / "first")
+    stored = json.loads((tmp_path / "first" / "results.json").read_text(encoding="utf-8"))
+    assert {row["commit"]["id"] for row in stored["tasks"][0]["runs"]} == {"0123abc"}
+    text = (tmp_path / "first" / "report.md").read_text(encoding="utf-8")
+    assert "- Commits: clean True, id 0123abc" in text
+    command.main([f"--results={tmp_path / 'first'}", f"--output_dir={tmp_path / 'again'}"])
+    for name in ("report.md", "results.json", "excess.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
 
 
 # ---------------------------------------------------------------- basin width

@@ -15,7 +15,7 @@ from hf_noneuclid.experiments.sweeping.commands import (
     command_of,
     recipe_flags,
 )
-from hf_noneuclid.experiments.sweeping.suite import Result, Run, Suite, load_suite
+from hf_noneuclid.experiments.sweeping.suite import Result, Run, Suite, load_suite, load_suites
 
 NAMES = sorted(path.stem for path in (recipes_folder() / "suites").glob("*.yaml"))
 BASE = {
@@ -86,8 +86,9 @@ def test_a_suite_survives_being_stored(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_suites_can_be_run(name):
-    suite = load_suite(name, {"train_files": str(recipes_folder() / "pretrain.py")} if name == "gpu" else {})
-    suite_checks.check_suite(suite, suite.launch["processes"] or 1)
+    overrides = {"train_files": str(recipes_folder() / "pretrain.py")} if name == "gpu" else {}
+    for suite in load_suites(name, overrides):
+        suite_checks.check_suite(suite, suite.launch["processes"] or 1)
 
 
 def test_the_variants_are_all_36_combinations():
@@ -112,6 +113,115 @@ def test_the_papers_batch_is_the_same_on_any_number_of_gpus(name, processes):
     flags = recipe_flags(suite, suite.runs()[0], processes)
     sequences = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"] * processes
     assert sequences * flags["block_size"] == 524_288
+
+
+def test_the_step_size_is_chosen_on_five_tasks_and_judged_on_fifteen_others():
+    dev, test = load_suites("step_size_dev"), load_suites("step_size_test")
+    assert (len(dev), len(test)) == (5, 15)
+    identities = [yaml.safe_dump([suite.recipe, suite.options, suite.start]) for suite in [*dev, *test]]
+    assert len(set(identities)) == 20
+    for suite in [*dev, *test]:
+        columns = {block["column"] for block in suite.grid}
+        assert {"tuned", "rule", "F* = 0", "auto", "AdamW"} <= columns
+        for block in suite.grid:
+            tuned = block["column"] in ("tuned", "AdamW")
+            assert not tuned or len(block["learning_rate"]) == 4
+            assert block.get("more_seeds", True) == (tuned or block["column"].startswith("rule"))
+        flags = {run.method: recipe_flags(suite, run, 1) for run in suite.runs()[::-1]}
+        assert {flags[method]["warmup_steps"] for method in ("muon", "scion", "muonmax")} == {0.1}
+
+
+# ---------------------------------------------------------------- tasks
+
+TASKS = {
+    "grid": [
+        {"method": ["muon", "scion"], "column": "tuned", "flags": {"warmup_steps": 0.1}},
+        {"method": "prodigy", "learning_rate": 1.0, "column": "Prodigy", "more_seeds": False},
+    ],
+    "more_seeds": {"seeds": [1], "within_decades": 0},
+    "tasks": {
+        "short": {"learning_rate": {"muon": [1e-3, 1e-2], "scion": 0.1}},
+        "words": {
+            "about": "Told apart.",
+            "recipe": "classify",
+            "learning_rate": {"muon": 0.3, "scion": 0.3},
+            "options": {"block_size": 8},
+            "start": {"optim": "muon", "max_steps": 2},
+        },
+    },
+}
+
+
+def test_a_task_has_its_own_values_and_those_of_all(tmp_path):
+    path = write(tmp_path, **TASKS)
+    short, words = load_suites(path, {"bf16": True})
+    assert (short.name, short.task, short.about, short.recipe) == (
+        "toy/short",
+        "short",
+        BASE["about"],
+        "pretrain",
+    )
+    assert (words.name, words.about, words.recipe) == ("toy/words", "Told apart.", "classify")
+    assert short.options == {"max_steps": 3, "bf16": True}
+    assert words.options == {"max_steps": 3, "block_size": 8, "bf16": True}
+    assert (short.start, words.start) == ({}, {"optim": "muon", "max_steps": 2})
+    rates = [(run.method, run.learning_rate) for run in short.runs()]
+    assert rates == [("muon", 1e-3), ("muon", 1e-2), ("scion", 0.1), ("prodigy", 1.0)]
+    assert load_suites(path, task="words")[0].runs()[0].learning_rate == 0.3
+    with pytest.raises(InputError, match="there is no task 'long'; its tasks: short, words"):
+        load_suites(path, task="long")
+
+
+def test_a_block_gives_its_runs_flags_and_says_whether_they_get_further_seeds(tmp_path):
+    suite = load_suites(write(tmp_path, **TASKS))[0]
+    flags = [recipe_flags(suite, run, 1) for run in suite.runs()]
+    assert [values.get("warmup_steps") for values in flags] == [0.1, 0.1, 0.1, None]
+    assert [values.get("optim") for values in flags] == ["muon", "muon", "scion", None]
+    assert flags[-1]["peer"] == "prodigy"
+    wanted = suite.wanted([ended(run, 4.0 + run.learning_rate) for run in suite.runs()])
+    assert [(run.method, run.learning_rate) for run in wanted if run.seed == 1] == [
+        ("muon", 1e-3),
+        ("scion", 0.1),
+    ]
+    assert suite.block_of(replace(suite.runs()[0], learning_rate=7.0))["column"] == "tuned"
+    assert suite.block_of(replace(suite.runs()[0], method_options={"eps": 1e-6})) == {}
+
+
+def test_a_suite_with_tasks_survives_being_stored(tmp_path):
+    for suite in load_suites(write(tmp_path, **TASKS)):
+        assert Suite(**yaml.safe_load(yaml.safe_dump(asdict(suite)))) == suite
+
+
+# ---------------------------------------------------------------- further learning rates
+
+
+@pytest.mark.parametrize(
+    ("best", "added"),
+    [
+        (1e-4, [3e-4, 1e-4]),  # the last one allowed is at the end again
+        (3e-4, [3e-4, 1e-4]),
+        (1e-3, [3e-4]),
+        (3e-3, []),
+        (3e-2, [3e-2, 1e-1]),
+    ],
+)
+def test_learning_rates_are_added_beyond_an_end_until_the_best_is_inside(tmp_path, best, added):
+    grid = [{"method": "muon", "learning_rate": [1e-3, 3e-3, 1e-2]}]
+    suite = load(tmp_path, grid=grid, more_rates=2, more_seeds={"seeds": [1], "within_decades": 0})
+    found = []
+    for _ in range(9):
+        waiting = [run for run in suite.wanted(found) if run not in {result.run for result in found}]
+        assert set(waiting) <= set(suite.possible_runs())
+        found += [ended(run, 4 + abs(math.log10(run.learning_rate / best))) for run in waiting]
+    first = suite.runs()
+    later = [result.run for result in found if result.run not in first and result.run.seed == 0]
+    assert [run.learning_rate for run in later] == pytest.approx(added)
+    assert [run.learning_rate for run in suite.wanted(found) if run.seed == 1] == pytest.approx([best])
+
+
+def test_two_learning_rates_are_no_grid_to_extend(tmp_path):
+    suite = load(tmp_path, grid=[{"method": "muon", "learning_rate": [1e-3, 3e-3]}], more_rates=2)
+    assert suite.wanted([ended(run, run.learning_rate) for run in suite.runs()]) == suite.runs()
 
 
 # ---------------------------------------------------------------- further seeds
@@ -177,13 +287,12 @@ def test_the_flags_of_a_run(tmp_path):
     assert not any(argument.startswith("--seed_of") for argument in arguments)
 
 
-def test_accelerate_starts_the_runs_that_need_more_than_one_process(tmp_path):
-    suite = load(tmp_path)
-    assert "accelerate.commands.launch" not in command_of(suite, Launch(), {})
-    command = command_of(suite, Launch(processes=4, gpus=("0", "1", "2", "3")), {})
+def test_accelerate_starts_the_runs_that_need_more_than_one_process():
+    assert "accelerate.commands.launch" not in command_of("pretrain", Launch(), {})
+    command = command_of("pretrain", Launch(processes=4, gpus=("0", "1", "2", "3")), {})
     assert "--num_processes=4" in command
     assert command[-1].endswith("pretrain.py")
-    with_file = command_of(suite, Launch(processes=2, accelerate_config="fsdp2.yaml"), {})
+    with_file = command_of("pretrain", Launch(processes=2, accelerate_config="fsdp2.yaml"), {})
     assert "--config_file=fsdp2.yaml" in with_file
 
 
@@ -223,6 +332,11 @@ MUON = {"method": "muon", "learning_rate": 0.1}
         ({"per_method": {"scion": {}}}, "scion is not in the grid; it has muon, muon_momo"),
         ({"seeds": ["a"]}, "expected a list of integers"),
         ({"more_seeds": {"seed": [1]}}, "unknown key 'seed'; known are seeds, within_decades"),
+        ({"more_rates": -1}, "more_rates: expected an integer of at least 0, found -1"),
+        ({"start": {"output_dir": "x"}}, "start: output_dir is set by the sweep"),
+        ({"grid": [{**MUON, "flags": {"seed": 1}}]}, "seed is set by the sweep"),
+        ({"grid": [{"method": "muon"}], "tasks": {"a": {}}}, "task a: learning_rate lacks muon"),
+        ({"tasks": {"a": {"seeds": [1]}}}, "task a: unknown key 'seeds'; known are about, recipe"),
         ({"launch": {"threads": 0}}, "threads must be an integer of at least 1, not 0"),
     ],
 )

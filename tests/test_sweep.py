@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from hf_noneuclid.experiments import sweep
+from hf_noneuclid.experiments import report, sweep
 from hf_noneuclid.experiments.common import ExitCode, InputError
 from hf_noneuclid.experiments.sweeping import execution
 from hf_noneuclid.experiments.sweeping.commands import Launch
@@ -68,7 +68,7 @@ def study(tmp_path, suite):
 
 def write(folder, **changes):
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, **changes}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -311,6 +311,59 @@ def test_another_suite_is_refused_with_the_difference(tmp_path, study, suite):
     sweep.check_same(suite, replace(suite, about="Changed.", report={"x": 1}), "study.db")
 
 
+# ---------------------------------------------------------------- tasks
+
+
+def test_one_task_after_the_other_and_their_common_table(tmp_path, monkeypatch, capsys):
+    fake_recipe(monkeypatch, WRITE)
+    rule = {
+        "method": "muon",
+        "learning_rate": 1.0,
+        "method_options": {"step_size": ["slope"]},
+        "column": "rule",
+    }
+    grid = [{"method": "muon", "column": "tuned"}, rule]
+    tasks = {"b": {"learning_rate": {"muon": [1e-3, 1e-2]}}, "a": {"learning_rate": {"muon": 0.1}}}
+    path, folder = write(tmp_path, grid=grid, tasks=tasks), tmp_path / "out"
+    sweep.main([f"--suite={path}", f"--output_dir={folder}", "--task=a"])
+    assert not (folder / "b").exists()
+    monkeypatch.setattr(execution.Executor, "__call__", _only_of(folder / "b", execution.Executor.__call__))
+    sweep.main([f"--suite={path}", f"--output_dir={folder}"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("failed")]
+    assert lines == [
+        "2 done, 0 diverged, 0 failed",
+        "3 done, 0 diverged, 0 failed",
+        "2 done, 0 diverged, 0 failed",
+    ]
+
+    report.main([f"--study={folder}"])
+    text = (folder / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| task | tuned | rule |" in text
+    assert text.index("| b | 1.5000 at 0.001 | 1.5000 (+0.0 %) |") < text.index("| a | 1.5000 at 0.1 |")
+    report.main([f"--study={folder / 'a'}"])
+    assert "--suite tiny --task a" in (folder / "a" / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_task_that_cannot_run_does_not_keep_the_others_from_running(tmp_path, monkeypatch, capsys):
+    fake_recipe(monkeypatch, WRITE)
+    tasks = {"bad": {"options": {"max_step": 3}}, "good": {}}
+    path, folder = write(tmp_path, tasks=tasks), tmp_path / "out"
+    with pytest.raises(SystemExit) as end:
+        sweep.main([f"--suite={path}", f"--output_dir={folder}"])
+    assert end.value.code == ExitCode.BAD_INPUT
+    text = capsys.readouterr().err
+    assert "error: tiny/bad: suite tiny/bad, muon: pretrain.py has no option 'max_step'" in text
+    assert "6 done, 0 diverged, 0 failed" in text
+
+
+def _only_of(folder, call):
+    def guarded(executor, run, stop, slot=0):
+        assert executor.output_dir == folder, "a finished run was repeated"
+        return call(executor, run, stop, slot)
+
+    return guarded
+
+
 # ---------------------------------------------------------------- the processes of a run
 
 
@@ -349,6 +402,33 @@ def test_what_a_dead_worker_could_not_tell_is_read_from_the_folder(tmp_path, sui
     assert execute(tmp_path, suite)[0].loss == 1.5
     other = replace(suite, options={**suite.options, "max_steps": 9})
     assert execute(tmp_path, other)[0].state == "failed", "of another suite: not taken for this one's"
+
+
+STARTED = """
+is_start = folder.name == "start"
+assert is_start or (folder.parents[1] / "start" / "model.safetensors").is_file()
+with (folder.parent / "order.txt").open("a") as stream:
+    stream.write(f"{folder.name} ")
+"""
+
+
+def test_the_model_that_runs_start_from_is_trained_once_before_them_and_kept(tmp_path, monkeypatch):
+    fake_recipe(monkeypatch, STARTED + WRITE)
+    suite = load_suite(write(tmp_path, start={"optim": "muon"}))
+    executor = Executor(suite, tmp_path / "out", Launch(), "this study")
+    outcomes = [executor(run, threading.Event()) for run in suite.runs()[:2]]
+    assert [outcome.state for outcome in outcomes] == ["done", "done"], outcomes[0].metrics
+    assert (tmp_path / "out" / "order.txt").read_text() == "start "
+    assert len((tmp_path / "out" / "runs" / "order.txt").read_text().split()) == 2
+
+
+def test_a_model_to_start_from_that_cannot_be_trained_ends_the_sweep(tmp_path, monkeypatch):
+    fake_recipe(monkeypatch, "sys.exit(1)")
+    suite = load_suite(write(tmp_path, start={"optim": "muon"}))
+    study = stored(tmp_path / "study.db", suite)
+    with pytest.raises(InputError, match=r"was not trained: see .*start\.log"):
+        work(study, Executor(suite, tmp_path / "out", Launch(), "this study"))
+    assert set(states(study)) == {"waiting"}
 
 
 @pytest.mark.parametrize(("code", "state"), [(2, "refused"), (1, "failed"), (-9, "failed")])

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import platform
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
@@ -117,6 +118,20 @@ def series(history: History, key: str) -> tuple[list[int], list[float]]:
 
 
 # ---------------------------------------------------------------- the machine
+
+
+def describe_commit() -> dict[str, Any]:
+    """The commit of the checkout that holds the package, and whether it is clean; nothing in a wheel."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return {}
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
+        changes = subprocess.check_output([*git, "status", "--porcelain"], stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):  # there is no git, or it does not trust the folder
+        return {}
+    return {"commit": {"id": commit.strip(), "clean": not changes}}
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

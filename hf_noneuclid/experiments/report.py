@@ -5,7 +5,8 @@
     noneuclid report --results recipes/results/mini
 
 Writes report.md, results.json and PNG figures. An unfinished study is reported as far as it is. The same
-study gives the same bytes. --results writes a report again from its results.json, without the study. The
+study gives the same bytes. For a suite with tasks, the folder of all gives their common table, and the
+folder of a task its own report. --results writes a report again from its results.json, without the study. The
 figures over time stay as they are, because the file does not hold the histories.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_noneuclid.experiments.common import ExitCode, InputError
-from hf_noneuclid.experiments.reporting.report import report, report_again
+from hf_noneuclid.experiments.reporting.report import report, report_again, report_tasks
 from hf_noneuclid.experiments.sweeping.study import default_storage, open_study, results, suite_of
 
 
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.results is not None:
             path = report_again(args.results, args.output_dir or args.results)
+        elif args.storage is None and (studies := sorted(args.study.glob("*/study.db"))):
+            tasks = [(suite_of(study), results(study)) for study in map(open_study, studies)]
+            path = report_tasks(tasks, args.output_dir or args.study / "report")
         else:
             study = open_study(args.storage or default_storage(args.study), args.study_name)
             path = report(suite_of(study), results(study), args.output_dir or args.study / "report")

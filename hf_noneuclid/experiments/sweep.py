@@ -15,7 +15,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ import yaml
 from hf_noneuclid.experiments.common import ExitCode, InputError
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.sweeping.commands import choose_launch, recipe_flags
-from hf_noneuclid.experiments.sweeping.execution import Executor, check_folder
+from hf_noneuclid.experiments.sweeping.execution import START, Executor, check_folder
 from hf_noneuclid.experiments.sweeping.study import default_storage, open_study, results, suite_of
-from hf_noneuclid.experiments.sweeping.suite import Result, Suite, load_suite
+from hf_noneuclid.experiments.sweeping.suite import Result, Suite, load_suites
 from hf_noneuclid.experiments.sweeping.trial_queue import Execute, TrialQueue, run_worker
 
 ENDED = ("done", "diverged", "failed")
@@ -46,12 +46,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """Does what the command line says, and gives the exit code."""
-    suite = load_suite(args.suite, dict(args.option))
+    """Does what the command line says, one task of the suite after the other, and gives the exit code."""
+    suites = load_suites(args.suite, dict(args.option), args.task)
+    code = 0
+    for suite in suites:
+        if suite.task:
+            print(f"# {suite.name}: {suite.about}", file=sys.stderr)
+        folder = args.output_dir or Path("outputs") / suite.name.partition("/")[0]
+        try:
+            ended = sweep_one(args, suite, folder / suite.task)
+        except InputError as error:
+            if not suite.task:
+                raise
+            # The other tasks can still run.
+            print(f"noneuclid sweep: error: {suite.name}: {error}", file=sys.stderr)
+            ended = ExitCode.BAD_INPUT
+        code = max(code, ended)
+        if ended == ExitCode.INTERRUPTED:
+            break
+    return code
+
+
+def sweep_one(args: argparse.Namespace, suite: Suite, folder: Path) -> int:
+    """Does a suite, or one task, in its folder, and gives the exit code."""
+    if suite.start:
+        suite = replace(suite, options={**suite.options, "model_name_or_path": str(folder / START)})
     launch = choose_launch(suite, args.processes, args.accelerate_config)
     for run in suite.possible_runs():
         recipe_flags(suite, run, launch.processes)  # the global batch is checked before anything else
-    folder = args.output_dir or Path("outputs") / suite.name
     if args.dry_run:
         from hf_noneuclid.experiments.sweeping import dry_run  # imports torch
 
@@ -59,7 +81,8 @@ def sweep(args: argparse.Namespace) -> int:
         return 0
     check_folder(folder)
     storage = args.storage or default_storage(folder)
-    study = prepare_study(storage, args.study_name or suite.name, suite, launch.processes)
+    name = "/".join(filter(None, (args.study_name, suite.task))) if args.study_name else suite.name
+    study = prepare_study(storage, name, suite, launch.processes)
     queue = TrialQueue(study, suite)
     if args.retry_failed:
         queue.retry_failed()
@@ -155,7 +178,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="noneuclid sweep", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--suite", required=True, help="name of a file in recipes/suites/, or a .yaml file")
-    add("--output_dir", type=Path, help="default: outputs/<suite>")
+    add("--task", help="only this task of a suite with several")
+    add("--output_dir", type=Path, help="default: outputs/<suite>; a task has a folder in it")
     add("--storage", help="SQLite file or database URL; default: <output_dir>/study.db")
     add("--study_name", help="default: the name of the suite")
     add("--workers", type=_count, help="runs at a time; default: as many as fit")

@@ -60,7 +60,8 @@ class RunFacts:
     @property
     def task(self) -> str:
         """The Hub's name of what the model does."""
-        return "text-classification" if "classes" in self.metrics else "text-generation"
+        language = "fill-mask" if self.options.get("task") == "masked_lm" else "text-generation"
+        return "text-classification" if "classes" in self.metrics else language
 
     @property
     def hub_base(self) -> str | None:

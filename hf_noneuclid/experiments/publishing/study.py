@@ -55,7 +55,7 @@ def publish_study(
     folders = {method: run_folder(folder, result.run) for method, (result, _) in best.items()}
     _check_models(suite, best, folders)
 
-    prefix = f"{namespace.repo_id}/{suite.name}"
+    prefix = f"{namespace.repo_id}/{suite.name.replace('/', '-')}"
     targets = {method: replace(namespace, repo_id=f"{prefix}-{method}") for method in best}
     dataset = replace(namespace, repo_id=f"{prefix}-runs", kind="dataset")
     text = {

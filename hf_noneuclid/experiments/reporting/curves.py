@@ -135,14 +135,15 @@ def build_curves(wanted: Sequence[Run], results: Sequence[Result]) -> list[Curve
     for first, runs in zip(firsts, groups.values(), strict=True):
         setting = canonical(first.options)
         options = _part(first.method_options, shown), settings[setting]
-        curves.append(Curve(first.method, *options, tuple(_points(runs, by_run)), names[setting]))
+        curves.append(Curve(first.method, *options, tuple(points_of(runs, by_run)), names[setting]))
     order = list(names.values())
     return sorted(
         curves, key=lambda c: (order.index(c.setting), methods.index(c.method), bound_order(c.method_options))
     )
 
 
-def _points(runs: Sequence[Run], by_run: Mapping[Run, Result]) -> Iterable[Point]:
+def points_of(runs: Sequence[Run], by_run: Mapping[Run, Result]) -> Iterable[Point]:
+    """The points of a curve from all of its runs."""
     for rate in sorted({run.learning_rate for run in runs}):
         seeds = sorted((run for run in runs if run.learning_rate == rate), key=lambda run: run.seed)
         found = [by_run[run] for run in seeds if run in by_run]

@@ -49,12 +49,13 @@ def draw(folder: Path, curves: Sequence[Curve]) -> list[str]:
     with matplotlib.rc_context(STYLE):
         for name, make in figures.items():
             if (figure := make(curves)) is not None:
-                _save(folder / name, figure)
+                save(folder / name, figure)
                 names.append(name)
     return names
 
 
-def _save(path: Path, figure: Figure) -> None:
+def save(path: Path, figure: Figure) -> None:
+    """Writes a figure as a PNG file."""
     # Without the version of matplotlib, the same figure gives the same bytes.
     write_whole(path, lambda part: figure.savefig(part, format="png", dpi=200, metadata={"Software": None}))
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_noneuclid.experiments.common import series
@@ -40,18 +40,22 @@ def restore(stored: dict[str, Any]) -> tuple[dict[str, Any], list[Curve]]:
     histories and metrics that the file does not hold.
     """
     suite = Suite(**stored["suite"], grid=[], seeds=[], more_seeds={"seeds": [], "within_decades": 0.0})
-    results = [
-        Result(
-            Run(**{name: row[name] for name in OF_RUN}),
-            **{name: row[name] for name in OF_RESULT},
-            metrics={name: row[name] for name in OF_METRICS},
-        )
-        for row in stored["runs"]
-    ]
-    summary, curves = summarise(suite, results)
+    summary, curves = summarise(suite, results_of(stored["runs"]))
     for setting, known in zip(summary["settings"], stored["settings"], strict=True):
         setting["targets"] = known["targets"]
     return {**summary, "ran": stored["ran"]}, curves
+
+
+def results_of(rows: Sequence[Mapping[str, Any]]) -> list[Result]:
+    """The results that a results.json holds, without histories."""
+    return [
+        Result(
+            Run(**{name: row[name] for name in OF_RUN}),
+            **{name: row[name] for name in OF_RESULT},
+            metrics={name: row[name] for name in (*OF_METRICS, "commit") if name in row},
+        )
+        for row in rows
+    ]
 
 
 def _run(result: Result) -> dict[str, Any]:
@@ -59,6 +63,7 @@ def _run(result: Result) -> dict[str, Any]:
         **{name: getattr(result.run, name) for name in OF_RUN},
         **{name: getattr(result, name) for name in OF_RESULT},
         **{name: result.metrics.get(name) for name in OF_METRICS},
+        **({"commit": result.metrics["commit"]} if "commit" in result.metrics else {}),
     }
 
 
@@ -185,6 +190,7 @@ def _ran(curves: Sequence[Curve], results: Sequence[Result]) -> dict[str, Any]:
         ],
         "hours": sum(result.seconds for result in results if result.seconds is not None) / 3600,
         **{name: _different(results, name) for name in ("versions", "hardware", "corpus", "parameters")},
+        "commits": _different(results, "commit"),
         "command": next(filter(None, commands), None),
     }
 

@@ -188,13 +188,14 @@ def _ran_section(summary: Numbers) -> str:
     suite, ran = summary["suite"], summary["ran"]
     counts = ", ".join(f"{ran['states'][state]} {state}" for state in STATES if state in ran["states"])
     facts = {
+        **({"Commits": [_pairs(found) for found in ran["commits"]]} if ran.get("commits") else {}),
         "Hardware": [_hardware(found) for found in ran["hardware"]],
         "Versions": [_pairs(found) for found in ran["versions"]],
         "Corpus": [_pairs(found) for found in ran["corpus"]],
         "Parameters": [f"{count:,}" for count in ran["parameters"]],
     }
     lines = [
-        f"- Command: `noneuclid sweep --suite {suite['name']}`",
+        f"- Command: `noneuclid sweep --suite {suite['name'].replace('/', ' --task ')}`",
         f"- Runs: {counts}; {ran['missing']} of {ran['wanted']} missing",
         f"- Hours: {ran['hours']:.2f}, summed over the runs whose time is known, start-up included",
         *(f"- {name}: {value}" for name, values in facts.items() for value in values or ["not recorded"]),

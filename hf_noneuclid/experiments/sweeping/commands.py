@@ -11,6 +11,7 @@ import yaml
 
 from hf_noneuclid.experiments.common import InputError, recipes_folder
 from hf_noneuclid.experiments.sweeping.suite import Run, Suite, as_text
+from hf_noneuclid.experiments.sweeping.suite_file import PEERS
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,16 @@ def recipe_flags(suite: Suite, run: Run, processes: int) -> dict[str, Any]:
     Raises:
         InputError: The global batch cannot be split evenly over so many processes.
     """
-    flags = {"disable_tqdm": True, **suite.options, **suite.per_method.get(run.method, {}), **run.options}
+    own = {**suite.per_method.get(run.method, {}), **suite.block_of(run).get("flags", {}), **run.options}
+    flags = {"disable_tqdm": True, **suite.options, **own}
     pairs = [str(flags.pop("optim_args"))] if flags.get("optim_args") else []
     pairs += [f"{name}={as_text(value)}" for name, value in run.method_options.items()]
     if flags.get("global_batch_size") is not None:
         # A number in the suite stays. The recipe refuses one that does not give the global batch.
         flags.setdefault("gradient_accumulation_steps", accumulation(flags, processes))
-    own = {"optim": run.method, "learning_rate": run.learning_rate, "seed": run.seed}
-    return {**own, **({"optim_args": ",".join(pairs)} if pairs else {}), **flags}
+    method = {"peer" if run.method in PEERS else "optim": run.method}
+    chosen = {**method, "learning_rate": run.learning_rate, "seed": run.seed}
+    return {**chosen, **({"optim_args": ",".join(pairs)} if pairs else {}), **flags}
 
 
 def accumulation(flags: Mapping[str, Any], processes: int) -> int:
@@ -111,8 +114,8 @@ def accumulation(flags: Mapping[str, Any], processes: int) -> int:
     return steps
 
 
-def command_of(suite: Suite, launch: Launch, flags: Mapping[str, Any]) -> list[str]:
-    """The command that starts the recipe with these flags, in one process or several."""
+def command_of(recipe: str, launch: Launch, flags: Mapping[str, Any]) -> list[str]:
+    """The command that starts a recipe with these flags, in one process or several."""
     command = [sys.executable]
     if launch.processes > 1:
         command += ["-m", "accelerate.commands.launch", f"--num_processes={launch.processes}"]
@@ -121,7 +124,7 @@ def command_of(suite: Suite, launch: Launch, flags: Mapping[str, Any]) -> list[s
         else:  # "multi_gpu" is accelerate's word for torchrun, which starts processes on CPUs as well
             command += ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
         command += ["--main_process_port=0"]
-    return [*command, str(recipes_folder() / f"{suite.recipe}.py"), *as_arguments(flags)]
+    return [*command, str(recipes_folder() / f"{recipe}.py"), *as_arguments(flags)]
 
 
 def as_arguments(flags: Mapping[str, Any]) -> list[str]:

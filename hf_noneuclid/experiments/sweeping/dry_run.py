@@ -11,12 +11,13 @@ from tokenizers.models import WordLevel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_noneuclid.experiments.sweeping.commands import Launch, as_arguments, command_of, recipe_flags
-from hf_noneuclid.experiments.sweeping.execution import run_folder
+from hf_noneuclid.experiments.sweeping.execution import START, run_folder
 from hf_noneuclid.experiments.sweeping.suite import Suite
 from hf_noneuclid.experiments.sweeping.suite_checks import check_suite, parser_of
 from hf_noneuclid.experiments.training.model import load_config
 from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES
 
+OF_MODEL = ("model_name_or_path", "model_type", "config_overrides")
 FLOPS = 6  # per parameter and token: forward 2, backward 4; without attention and polar factors
 
 
@@ -31,14 +32,18 @@ def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
     check_suite(suite, launch.processes)
     first, possible = suite.runs(), suite.possible_runs()
     costs: dict[str, tuple[str, int, float]] = {}
+    if suite.start:
+        print("# First, the model that every run starts from")
+        print(shlex.join([*command_of("pretrain", launch, suite.start), f"--output_dir={folder / START}"]))
     for run in possible:
         flags = recipe_flags(suite, run, launch.processes)
         if suite.recipe == "pretrain" and run.curve not in costs:  # rate and seed do not change the cost
-            costs[run.curve] = cost_of(flags, launch.processes, flops)
+            model = {name: suite.start.get(name) for name in OF_MODEL if suite.start}  # is not there yet
+            costs[run.curve] = cost_of({**flags, **model}, launch.processes, flops)
         print(f"# {run}" + (f": {costs[run.curve][0]}" if costs else ""))
-        command = [*command_of(suite, launch, flags), f"--output_dir={run_folder(folder, run)}"]
+        command = [*command_of(suite.recipe, launch, flags), f"--output_dir={run_folder(folder, run)}"]
         print(shlex.join(command))
-    more = f"; with the further seeds near the best learning rates, at most {len(possible)}"
+    more = f"; with what the best learning rates call for, at most {len(possible)}"
     print(f"# {len(first)} runs in the first pass" + (more if len(possible) > len(first) else ""))
     if costs:
         tokens = sum(costs[run.curve][1] for run in first)

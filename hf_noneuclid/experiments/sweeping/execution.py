@@ -27,6 +27,7 @@ PATIENCE = 10.0  # seconds between asking a process to end and killing it
 LOOK = 0.2  # seconds between looks at a process
 LOG_TAIL = 15  # lines kept of a run that failed
 ROOM = 1 << 20  # bytes that must fit on the disk
+START = "start"  # the folder of the model that every run starts from, where the suite says how to make it
 WEIGHTS = ("checkpoint-*", "model*.safetensors*", "pytorch_model*", "adapter_model*")
 
 
@@ -57,7 +58,31 @@ class Executor:
             # holds it: we wait for its end, and find its result in the folder.
             if not _lock(log, stop):
                 return None
+            if not self._start(stop, slot):
+                return None
             return self._do(run, folder, log, stop, slot)
+
+    def _start(self, stop: Event, slot: int) -> bool:
+        """Trains the model that every run starts from, unless it is there; False if the event stopped it.
+
+        Raises:
+            InputError: Its training failed.
+        """
+        folder = self.output_dir / START
+        if not self.suite.start or (folder / "metrics.json").is_file():
+            return True
+        folder.mkdir(exist_ok=True)
+        with log_of(folder).open("a", encoding="utf-8") as log:
+            if not _lock(log, stop):
+                return False
+            if (folder / "metrics.json").is_file():  # another worker has made it
+                return True
+            flags = {"disable_tqdm": True, **self.suite.start}
+            command = self._command("pretrain", flags, folder, can_resume(folder))
+            code = _wait(command, log, self.launch.environment(slot), stop)
+            if code:
+                raise InputError(f"the model that the runs start from was not trained: see {log_of(folder)}")
+            return code == 0
 
     def _do(self, run: Run, folder: Path, log: TextIO, stop: Event, slot: int) -> Result | None:
         flags = recipe_flags(self.suite, run, self.launch.processes)
@@ -76,13 +101,16 @@ class Executor:
         metrics.unlink(missing_ok=True)  # of another study, or of an attempt that failed
         if not resumed:
             log.truncate(0)
-        command = [*command_of(self.suite, self.launch, flags), f"--output_dir={folder}"]
-        command += ["--resume_from_checkpoint=true" if resumed else "--overwrite_output_dir=true"]
+        command = self._command(self.suite.recipe, flags, folder, resumed)
         start = time.monotonic()
         code = _wait(command, log, self.launch.environment(slot), stop)
         if code is None:
             return None
         return self._result(run, folder, code, None if resumed else time.monotonic() - start)
+
+    def _command(self, recipe: str, flags: Mapping[str, Any], folder: Path, resumed: bool) -> list[str]:
+        mode = "resume_from_checkpoint" if resumed else "overwrite_output_dir"
+        return [*command_of(recipe, self.launch, flags), f"--output_dir={folder}", f"--{mode}=true"]
 
     def _result(self, run: Run, folder: Path, code: int, seconds: float | None) -> Result:
         """Reads what a run left, and deletes its weights."""

@@ -2,6 +2,7 @@
 
 import difflib
 from argparse import ArgumentError
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -10,9 +11,11 @@ from transformers.training_args import OptimizerNames
 from hf_noneuclid.experiments.common import InputError, option_pairs, require
 from hf_noneuclid.experiments.sweeping.commands import as_arguments, recipe_flags
 from hf_noneuclid.experiments.sweeping.suite import Suite
+from hf_noneuclid.experiments.sweeping.suite_file import PEERS
 from hf_noneuclid.experiments.training import options
 from hf_noneuclid.methods import FREE_METHOD, METHODS, all_names, parse_options, resolve
 
+PACKAGES = {"prodigy": "prodigyopt", "momo_adam": "momo", "schedule_free_adamw": "schedulefree"}
 FILES = ("train_files", "validation_files", "old_domain_files")
 
 
@@ -44,14 +47,18 @@ def check_suite(suite: Suite, processes: int) -> None:
 
 
 def check_model(suite: Suite) -> None:
-    """Checks that the default model of fine-tuning is there, if the suite starts from it.
+    """Checks that the packages of peers, and the default model if fine-tuning starts from it, are there.
 
     Raises:
-        InputError: It has not been trained yet.
+        InputError: One is not.
     """
+    for method, package in PACKAGES.items():
+        used = any(method in block["method"] for block in suite.grid)
+        lacks = f"{method} needs the package {package}: pip install 'hf_noneuclid[peers]'"
+        require(not used or find_spec(package), lacks)
     named = any(suite.options.get(name) for name in ("model_name_or_path", "model_package"))
     model = Path(options.DEFAULT_MODEL)
-    if suite.recipe != "pretrain" and not named and not (model / "config.json").is_file():
+    if suite.recipe in ("finetune", "classify") and not named and not (model / "config.json").is_file():
         raise InputError(
             f"the suite starts from {model}, which is not there: run recipes/pretrain.py first, or name "
             "another model with --option model_name_or_path=..."
@@ -70,6 +77,6 @@ def _check_method(method: str, text: str, where: str) -> None:
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
         return
-    others = [item.value for item in OptimizerNames if item.value not in all_names()]
-    known = f"{', '.join([*METHODS, FREE_METHOD])}, and the Trainer's {', '.join(others)}"
+    others = [*PEERS] + [item.value for item in OptimizerNames if item.value not in all_names()]
+    known = f"{', '.join([*METHODS, FREE_METHOD])}, and of others {', '.join(others)}"
     require(method in others, f"{where}: unknown method {method!r}; known are {known}")

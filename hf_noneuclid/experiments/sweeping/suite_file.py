@@ -10,10 +10,13 @@ import yaml
 from hf_noneuclid.experiments.common import InputError, require
 from hf_noneuclid.experiments.secrets import holds_secret
 
-RECIPES = ("pretrain", "finetune", "classify")
+RECIPES = ("pretrain", "finetune", "classify", "digits")
+PEERS = ("prodigy", "momo_adam")  # methods of suites that a recipe takes as --peer, not as --optim
 REQUIRED_KEYS = ("about", "recipe", "grid")
-KEYS = (*REQUIRED_KEYS, "options", "per_method", "seeds", "more_seeds", "launch", "report")
-BLOCK_KEYS = ("method", "learning_rate", "method_options", "options")
+MERGED_KEYS = ("options", "per_method", "report")  # of a task: added to those of the file
+TASK_KEYS = (*REQUIRED_KEYS, *MERGED_KEYS, "start", "learning_rate")
+KEYS = (*REQUIRED_KEYS, *MERGED_KEYS, "seeds", "more_seeds", "more_rates", "launch", "start", "tasks")
+BLOCK_KEYS = ("method", "learning_rate", "method_options", "options", "flags", "more_seeds", "column")
 MORE_SEEDS = {"seeds": [], "within_decades": 1.0}
 LAUNCH = {"processes": None, "accelerate_config": None, "threads": 1}
 # The sweep sets these flags for every run.
@@ -22,12 +25,15 @@ RESERVED = ("optim", "learning_rate", "seed", "config", *OF_FOLDER)
 REQUIRED = "REQUIRED"  # an option with this value must be given on the command line
 
 
-def read_suite(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the values of a suite, with the defaults of what is left out.
+def read_suites(path: Path, overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Reads the values of a suite by its name, or those of every task of a file that has tasks.
 
     Args:
         path: The YAML file.
         overrides: Replace entries of ``options``.
+
+    Returns:
+        Names, ``file/task`` for a task, and values with the defaults of what is left out.
 
     Raises:
         InputError: The file cannot be read, a key is unknown or missing, or a value is of the wrong type.
@@ -38,6 +44,38 @@ def read_suite(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{where}: {error}") from error
     given = _mapping(content, where, KEYS)
+    tasks = _mapping(given.pop("tasks", None), f"{where}, tasks")
+    if not tasks:
+        return {path.stem: _read_suite(given, overrides, where)}
+    found = {}
+    for place, (name, task) in enumerate(tasks.items()):
+        inside = f"{where}, task {name}"
+        values = _read_suite(_of_task(given, task, inside), overrides, inside)
+        found[f"{path.stem}/{name}"] = {**values, "report": {**values["report"], "place": place}}
+    return found
+
+
+def _of_task(common: Mapping[str, Any], task: Any, where: str) -> dict[str, Any]:
+    """What the file says of a task: its own keys, and those of all tasks.
+
+    A block of the grid without learning rates takes those that the task has for each method.
+    """
+    own = _mapping(task, where, TASK_KEYS)
+    rates = _mapping(own.pop("learning_rate", None), f"{where}, learning_rate")
+    merged = {key: {**(common.get(key) or {}), **_mapping(own.get(key), where)} for key in MERGED_KEYS}
+    values = {**common, **own, **merged}
+    grid = []
+    for block in map(dict, _list(values.get("grid"))):
+        if "learning_rate" in block:
+            grid.append(block)
+            continue
+        for method in _list(block.get("method")):
+            require(method in rates, f"{where}: learning_rate lacks {method}, a method of the grid")
+            grid.append({**block, "method": [method], "learning_rate": rates[method]})
+    return {**values, "grid": grid}
+
+
+def _read_suite(given: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in REQUIRED_KEYS:
         require(given.get(key), f"{where}: {key} is missing or empty")
     recipe = given["recipe"]
@@ -55,6 +93,8 @@ def read_suite(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         "per_method": {m: _flags(_mapping(flags, where), f"{where}, {m}") for m, flags in per_method.items()},
         "seeds": _integers(given.get("seeds") or [0], f"{where}, seeds"),
         "more_seeds": _more_seeds(given.get("more_seeds"), f"{where}, more_seeds"),
+        "more_rates": _count(given.get("more_rates", 0), f"{where}, more_rates"),
+        "start": _flags(_mapping(given.get("start"), f"{where}, start"), f"{where}, start", RESERVED[3:]),
         "launch": _launch(given.get("launch"), f"{where}, launch"),
         "report": _mapping(given.get("report"), f"{where}, report"),
     }
@@ -71,12 +111,14 @@ def _block(content: Any, where: str) -> dict[str, Any]:
         require(values, f"{where}: {name} is missing or empty, so there is nothing to run")
     rates = [_positive(rate, f"{where}, learning_rate") for rate in lists["learning_rate"]]
     _flags(options["options"], where)
-    return {"method": [str(name) for name in lists["method"]], "learning_rate": rates, **options}
+    more = {"flags": _flags(_mapping(block.get("flags"), where), where)} if "flags" in block else {}
+    more |= {key: block[key] for key in ("more_seeds", "column") if key in block}
+    return {"method": [str(name) for name in lists["method"]], "learning_rate": rates, **options, **more}
 
 
-def _flags(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _flags(flags: Mapping[str, Any], where: str, reserved: Iterable[str] = RESERVED) -> dict[str, Any]:
     for key, value in flags.items():
-        require(key not in RESERVED, f"{where}: {key} is set by the sweep for every run; leave it out")
+        require(key not in reserved, f"{where}: {key} is set by the sweep for every run; leave it out")
         require(value != REQUIRED, f"{where}: {key} must be given: --option {key}=...")
         require(
             not holds_secret(key, value),
@@ -122,6 +164,12 @@ def _integers(content: Any, where: str) -> list[int]:
     are_integers = all(type(value) is int for value in values)
     require(are_integers, f"{where}: expected a list of integers, found {content!r}")
     return values
+
+
+def _count(value: Any, where: str) -> int:
+    is_count = type(value) is int and value >= 0
+    require(is_count, f"{where}: expected an integer of at least 0, found {value!r}")
+    return int(value)
 
 
 def _positive(value: Any, where: str) -> float:

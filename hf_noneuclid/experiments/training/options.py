@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_noneuclid.experiments import secrets
+from hf_noneuclid.experiments import common, secrets
 from hf_noneuclid.experiments.common import ExitCode, InputError, require
 from hf_noneuclid.experiments.training import arguments
 from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL as DEFAULT_MODEL
@@ -30,6 +30,9 @@ class RecipeArguments(TrainingArguments):
     resume_from_checkpoint: str | None = option(None, "true: from the last checkpoint there; or a path.")
     global_batch_size: int | None = option(None, "Sequences in a step on all devices together; only checked.")
     decay_fraction: float = option(0.6, "Last part of the steps, in which the learning rate goes down.")
+    peer: Literal["prodigy", "momo_adam"] | None = option(
+        None, "Optimizer to compare with, used instead of --optim; from the extra peers."
+    )
     overwrite_hub_model: bool = option(False, "Replace another model that the repository on the Hub holds.")
     hub_license: str | None = option(None, "Licence of the weights for the model card: apache-2.0, mit, ...")
     data_license: str | None = option(None, "Licence of the data for the model card, where it is not known.")
@@ -56,7 +59,11 @@ class RecipeArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         secrets.keep_token(self)
+        if self.peer:
+            self.optim = "adamw_torch"  # so that no method of ours is prepared
         super().__post_init__()
+        if self.max_steps > 0:  # Schedule-Free reads the warm-up as a number of steps
+            self.warmup_steps = self.get_warmup_steps(self.max_steps)
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         self.dataloader_pin_memory &= self.device.type != "cpu"  # torch warns of it at every evaluation
         if str(self.resume_from_checkpoint).lower() in ("none", "false", ""):
@@ -88,7 +95,7 @@ class RecipeArguments(TrainingArguments):
     @property
     def method(self) -> str:
         """The name given with --optim, which the Trainer makes a member of an enumeration."""
-        return str(getattr(self.optim, "value", self.optim))
+        return self.peer or str(getattr(self.optim, "value", self.optim))
 
     @property
     def sequences_per_step(self) -> int:
@@ -107,6 +114,8 @@ class SampleArguments:
 @dataclass
 class PretrainArguments(SampleArguments, RecipeArguments):
     """How pretrain.py trains."""
+
+    loss_reduction: Literal["mean", "sum"] = option("mean", "Over the tokens of a step, when training.")
 
 
 @dataclass
@@ -127,10 +136,20 @@ class FinetuneArguments(SampleArguments, ClassifyArguments):
     output_dir: str = option("outputs/finetune", OUTPUT)
 
 
-ARGUMENT_TYPES: dict[str, tuple[type, type, type]] = {
+@dataclass
+class DigitsArguments(RecipeArguments):
+    """How digits.py trains."""
+
+    output_dir: str = option("outputs/digits", OUTPUT)
+    max_steps: int = option(300, "Steps; -1 to train for num_train_epochs instead.")
+    per_device_train_batch_size: int = option(32, "Images in a step on each device.")
+
+
+ARGUMENT_TYPES: dict[str, tuple[type, ...]] = {
     "pretrain": (arguments.ModelArguments, arguments.DataArguments, PretrainArguments),
     "finetune": (arguments.PretrainedArguments, arguments.FinetuneDataArguments, FinetuneArguments),
     "classify": (arguments.PretrainedArguments, arguments.ClassifyDataArguments, ClassifyArguments),
+    "digits": (arguments.VisionArguments, DigitsArguments),
 }
 """The arguments of each recipe: of the model, of the data, and of the Trainer."""
 
@@ -213,4 +232,4 @@ def given(argv: Sequence[str], recipe: str, other: str) -> dict[str, Any]:
 def describe_call(recipe: str, argv: Sequence[str]) -> dict[str, Any]:
     """How a recipe was called, for metrics.json, without any secret."""
     command, config = secrets.redact_arguments(argv), secrets.scrub(read_config(argv))
-    return {"recipe": recipe, "command": command, "config": config}
+    return {"recipe": recipe, "command": command, "config": config, **common.describe_commit()}

@@ -45,6 +45,9 @@ def exit_codes(recipe: str) -> Iterator[None]:
 def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
     """Raises InputError if the optimizer cannot be built, so that no file is written before that is known."""
     try:
+        if args.peer:
+            peer_of(args)
+            return
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if "params" in options:  # one of ours; it allocates no state before its first step
             optimizer_class(**options)
@@ -52,13 +55,35 @@ def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
         raise InputError(f"--optim {args.method}: {error}") from error
 
 
+def peer_of(args: RecipeArguments) -> tuple[type, dict[str, Any]]:
+    """The class of the optimizer that ``--peer`` names, and its arguments, for the Trainer."""
+    options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    if args.peer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy, {**options, "safeguard_warmup": args.warmup_steps > 0}
+    from momo import MomoAdam
+
+    class MomoAdamOfTrainer(MomoAdam):
+        """MoMo-Adam, which finds the loss of the step in an attribute that RecipeTrainer sets."""
+
+        loss: Any = None
+
+        def step(self, closure: Any = None) -> Any:
+            return super().step(loss=self.loss)
+
+    return MomoAdamOfTrainer, options
+
+
 class RecipeTrainer(Trainer):
     """The Trainer with the paper's schedule; its ``facts`` are what metrics.json says beside the results."""
 
     def __init__(self, *, facts: dict[str, Any], **arguments: Any) -> None:
+        if arguments["args"].peer:
+            arguments["optimizer_cls_and_kwargs"] = peer_of(arguments["args"])
         super().__init__(**arguments)
         self.facts = facts
-        self._steps_done = 0
+        self._steps_done, self._window_is_over = 0, True
 
     def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> Any:
         """Trains the steps that a checkpoint leaves; deletes an old run first, if it may."""
@@ -66,8 +91,8 @@ class RecipeTrainer(Trainer):
         if self.is_world_process_zero():
             if self.args.overwrite_output_dir:
                 delete_run(folder)
-            parameters, vocabulary = count_parameters(self.model), len(self.processing_class)
-            print(f"{parameters:,} parameters, vocabulary of {vocabulary:,}")
+            vocabulary = f", vocabulary of {len(self.processing_class):,}" if self.processing_class else ""
+            print(f"{count_parameters(self.model):,} parameters{vocabulary}")
         self.accelerator.wait_for_everyone()
         state = read_state(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         self._steps_done = state["global_step"] if state else 0
@@ -84,6 +109,15 @@ class RecipeTrainer(Trainer):
         """Leaves no epoch where all steps are done: the Trainer would do one more step in the middle."""
         epochs, *others, max_steps = super().set_initial_training_values(*args, **kwargs)
         return (0 if 0 < max_steps <= self._steps_done else epochs, *others, max_steps)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Hands the loss to the one peer that takes it, of all the batches that are accumulated."""
+        loss = super().training_step(*args, **kwargs)
+        if self.args.peer == "momo_adam":
+            momo = self.optimizer.optimizer
+            momo.loss = loss if self._window_is_over else momo.loss + loss
+            self._window_is_over = self.accelerator.sync_gradients
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs, except the mean loss over no steps, which the Trainer takes for 0."""
