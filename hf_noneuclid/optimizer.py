@@ -291,8 +291,8 @@ class NonEuclideanDescent(Optimizer):
             pace = Pace(*shared["pace"].view(-1, 2))
             pace, allowed = advance(pace, checked.slopes, duals, plan.eta, unit, options.first_step)
             tau, learned["pace"] = torch.minimum(tau, allowed), torch.cat(pace)
-        is_limited = ((tau == plan.eta) & (tau > 0)).any()
         if checked.loss is None or not options.momo:
+            is_limited = _is_limited(tau, plan.eta)
             return StepSize(tau, is_limited, torch.zeros_like(is_limited), None, learned)
         rule, memory = plan.lower_bound, shared.get("lower_bound_memory", plan.like)
         weight = shared["running_weight"]
@@ -303,6 +303,7 @@ class NonEuclideanDescent(Optimizer):
         if rule.initial:
             decrease = (truncated * unit * duals).sum() / weight
             learned["lower_bound_memory"] = rule.remember(memory, seen, decrease)
+        is_limited = _is_limited(truncated, plan.eta)
         return StepSize(truncated, is_limited, (truncated < tau).any(), bound, learned)
 
     def _apply(self, plan: Plan, dual: DualNorms, decided: Decided) -> None:
@@ -502,6 +503,11 @@ def _inner(plan: Plan, xs: Sequence[Tensors]) -> Tensor:
         for bucket, x in zip(plan.buckets, xs, strict=True):
             total = total + bucket.inner(x)
     return total
+
+
+def _is_limited(tau: Tensor, eta: Tensor) -> Tensor:
+    """Whether the learning rate bounds a step; the slope reaches it up to the rounding of its logarithm."""
+    return ((tau >= (1 - 1e-5) * eta) & (tau > 0)).any()
 
 
 def _slopes(plan: Plan, grads: Sequence[Tensors]) -> list[Tensor]:
