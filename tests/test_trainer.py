@@ -35,7 +35,7 @@ from transformers import (
 import hf_noneuclid
 from hf_noneuclid import METHODS, DivergedError, NonEuclideanDescent, NonEuclidTrainer, NonEuclidTrainerMixin
 from hf_noneuclid.methods import all_names
-from hf_noneuclid.trainer import find_optimizer, observe_all_accelerators
+from hf_noneuclid.observation import OBSERVED, find_optimizer, observe_all_accelerators
 
 VOCABULARY, LENGTH, BATCH = 64, 12, 4
 ROWS = 20  # five batches: a window of two or three is short at the end of the epoch
@@ -101,8 +101,9 @@ def arguments(tmp_path):
 
 @pytest.fixture
 def unobserved(monkeypatch):
-    """A process in which no Trainer has trained with one of our methods yet."""
-    monkeypatch.setattr(Accelerator, "backward", inspect.unwrap(Accelerator.backward))
+    """A process in which no Trainer has trained with Momo yet."""
+    for name in OBSERVED:
+        monkeypatch.setattr(Accelerator, name, inspect.unwrap(getattr(Accelerator, name)))
 
 
 def parameters(model):
