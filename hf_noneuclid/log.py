@@ -44,8 +44,9 @@ class StepLog:
 
     def __init__(self, optimizer: NonEuclideanDescent) -> None:
         self._optimizer = optimizer
-        self._began = self._before = self._watched = self._last_moved = self._counts()
-        self._warned_of_bound = self._warned_of_zero_steps = False
+        self._began = self._before = self._last_moved = self._counts()
+        self._watched: dict[str, int] | None = None
+        self._warned_of_bound = self._warned_of_zero_steps = self._warned_of_limit = False
 
     def _counts(self) -> dict[str, int]:
         now = self._optimizer.diagnostics()
@@ -101,20 +102,19 @@ class StepLog:
         raise DivergedError(first + global_step - now["steps"])
 
     def watch(self) -> None:
-        """From here on it counts whether the learning rate bounds every step."""
-        self._watched = self._counts()
-
-    def warn_if_limited(self) -> None:
-        """Warns if the learning rate has bounded every step since ``watch``, and another rule should."""
-        since = _difference(self._counts(), self._watched)
-        if self._step_size == "rate" or not 0 < since["limited_steps"] == _moved(since):
+        """Warns if the learning rate bounded every step since the last call, though another rule should."""
+        before, self._watched = self._watched, self._counts()
+        if before is None or self._warned_of_limit or self._step_size == "rate":
             return
-        logger.warning(
-            "the learning rate bounded each of the last %d steps, so that it limits this run, and not "
-            "step_size=%s. Raise it (learning_rate=1 hardly ever limits a step) unless you mean it.",
-            since["steps"],
-            self._step_size,
-        )
+        since = _difference(self._watched, before)
+        if 0 < since["limited_steps"] == _moved(since):
+            self._warned_of_limit = True
+            logger.warning(
+                "the learning rate bounded each of the last %d steps, so that it limits this run, and not "
+                "step_size=%s. Raise it (learning_rate=1 hardly ever limits a step) unless you mean it.",
+                since["steps"],
+                self._step_size,
+            )
 
     def tell_limited(self) -> None:
         """Says at INFO how many steps the learning rate has bounded since this log began."""

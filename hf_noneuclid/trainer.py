@@ -92,7 +92,7 @@ class NonEuclidCallback(TrainerCallback):
     def __init__(self) -> None:
         self._log: StepLog | None = None
         self._first_step = 1
-        self._watched = (0, 0)
+        self._watched = range(0)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if _name(args.optim) in all_names():
@@ -119,10 +119,8 @@ class NonEuclidCallback(TrainerCallback):
             optimizer.diagnostics()  # warns early of a lower bound above the first loss
         if state.global_step == self._first_step and has_momo(optimizer) and args.max_grad_norm > 0:
             _warn_of_unseen_clipping(optimizer)
-        if state.global_step == self._watched[0]:
+        if state.global_step in self._watched and state.is_world_process_zero:
             self._log.watch()
-        if state.global_step == self._watched[1] and state.is_world_process_zero:
-            self._log.warn_if_limited()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._log is not None and "learning_rate" in logs:
@@ -137,15 +135,16 @@ class NonEuclidCallback(TrainerCallback):
                 self._log.tell_limited()
 
 
-def _watched_steps(done: int, steps: int, args: Any) -> tuple[int, int]:
-    """The steps between which it is asked whether the learning rate limits the run.
+def _watched_steps(done: int, steps: int, args: Any) -> range:
+    """Between which steps it is asked whether the learning rate bounds all of them.
 
-    They are the second half of the first tenth, but at least ten steps, and not the first ten: a step size
-    that nobody chose grows then. During the warm-up the learning rate may well be the limit.
+    Each interval is a twentieth of the run, and ten steps at least. The first one begins when the step size
+    has had time to grow, and when the warm-up is over. The last one ends with about a third of the run: near
+    the end of a schedule, the learning rate may well be the bound.
     """
-    half = max(10, math.ceil((steps - done) / 20))
-    start = max(done + half, args.get_warmup_steps(steps))
-    return start, start + half
+    length = max(10, math.ceil((steps - done) / 20))
+    start = max(done + length, args.get_warmup_steps(steps))
+    return range(start, start + 5 * length, length)
 
 
 def _warn_of_unseen_clipping(optimizer: NonEuclideanDescent) -> None:

@@ -31,7 +31,7 @@ def folder(tmp_path_factory, engine):
 @pytest.fixture(scope="module")
 def ran(engine, folder):
     """What the two ranks saw with all methods, before one more run killed them."""
-    torchrun(WORKER, "run", engine, folder, killed=True)
+    torchrun(WORKER, "run", engine, folder, killed=True, timeout=240)
     return [torch.load(folder / f"run{rank}.pt") for rank in range(RANKS)]
 
 
