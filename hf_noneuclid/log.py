@@ -73,8 +73,8 @@ class StepLog:
         if is_bounded_by(self._step_size, "slope"):
             metrics["vector_step_size"] = now["vector_step_size"]
         metrics["dual_norm"] = now["dual_norm"]
-        if self._step_size != "rate":
-            metrics["limited_rate"] = since["limited_steps"] / max(1, since["steps"])
+        if self._step_size != "rate" and since["steps"]:
+            metrics["limited_rate"] = since["limited_steps"] / since["steps"]
         if since["zero_steps"]:
             metrics["zero_steps"] = since["zero_steps"]
         self._last_moved = counts if _moved(since) else self._last_moved

@@ -130,7 +130,9 @@ class NonEuclidCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._log is not None:
-            self._log.read(state.global_step)
+            rest = self._log.read(state.global_step)
+            if "limited_rate" in rest and state.log_history:  # the steps after the last log count, too
+                state.log_history[-1]["limited_rate"] = rest["limited_rate"]
             if state.is_world_process_zero:
                 self._log.tell_limited()
 
