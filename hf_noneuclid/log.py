@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,6 +172,14 @@ class StepLog:
             rule,
             bound,
         )
+
+
+def limited_steps(history: Iterable[Mapping[str, Any]]) -> int | None:
+    """How many steps the learning rate bounded, by a Trainer's log; None if no other rule bounds steps."""
+    rows = [row for row in history if "limited_rate" in row]
+    before = [0, *(row["step"] for row in rows)]
+    counts = [row["limited_rate"] * (row["step"] - x) for row, x in zip(rows, before, strict=False)]
+    return round(sum(counts)) if rows else None
 
 
 def _difference(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:

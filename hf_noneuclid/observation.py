@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
@@ -108,9 +107,10 @@ class _Observer:
             )
 
 
-def clipping(norm: Tensor | float, max_norm: float) -> Tensor:
+def clipping(norm: Tensor | float, max_norm: float) -> Tensor | float:
     """By what gradients of this norm are multiplied when they are clipped, as torch and DeepSpeed do it."""
-    return (max_norm / (torch.as_tensor(norm) + _NORM_EPS)).clamp(max=1.0)
+    factor = max_norm / (norm + _NORM_EPS)
+    return factor.clamp(max=1.0) if isinstance(factor, Tensor) else min(1.0, factor)
 
 
 def _clipping_of_zero(engine_optimizer: Any) -> Tensor | float:

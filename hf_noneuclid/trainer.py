@@ -117,7 +117,7 @@ class NonEuclidCallback(TrainerCallback):
             return
         if state.global_step == 1:
             optimizer.diagnostics()  # warns early of a lower bound above the first loss
-        if state.global_step == self._first_step and has_momo(optimizer) and args.max_grad_norm > 0:
+        if state.global_step == self._first_step and has_momo(optimizer) and (args.max_grad_norm or 0) > 0:
             _warn_of_unseen_clipping(optimizer)
         if state.global_step in self._watched and state.is_world_process_zero:
             self._log.watch()

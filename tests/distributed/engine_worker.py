@@ -32,7 +32,7 @@ from network import (
 )
 from transformers import Trainer, TrainerCallback
 
-from hf_noneuclid.trainer import find_optimizer
+from hf_noneuclid.trainer import NonEuclidTrainerMixin, find_optimizer
 
 SAVED = STEPS // 2
 MOMO = [method for method in METHODS if method.endswith("momo")]
@@ -60,7 +60,9 @@ class Scaled(Trainer):
         return self.scale * (super().compute_loss(*args, **kwargs) - LOWER_BOUND)
 
 
-class Huge(Scaled):
+class Huge(NonEuclidTrainerMixin, Scaled):
+    """It observes its own accelerator alone."""
+
     scale = 1000.0
 
 

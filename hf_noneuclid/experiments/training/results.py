@@ -18,6 +18,7 @@ from hf_noneuclid.experiments.common import series
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.training.data import Corpus
 from hf_noneuclid.experiments.training.options import FinetuneArguments, PretrainArguments
+from hf_noneuclid.log import limited_steps
 
 PACKAGES = ("hf_noneuclid", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -41,7 +42,7 @@ def write_results(trainer: Trainer, data: Corpus, loss: float, results: dict[str
         "train_loss": train_losses[-1] if train_losses else None,
         "diverged": not math.isfinite(loss),
         "steps": trainer.state.global_step,
-        "limited_steps": count_limited(history),
+        "limited_steps": limited_steps(history),
         "parameters": count_parameters(trainer.model),
         "hardware": {**common.describe_hardware(trainer.args.device), "processes": trainer.args.world_size},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -62,13 +63,6 @@ def write_results(trainer: Trainer, data: Corpus, loss: float, results: dict[str
     write_metrics(folder / "history.json", history)
     plot_curves(folder / "curves.png", history)
     write_metrics(folder / "metrics.json", {**metrics, **trainer.facts})
-
-
-def count_limited(history: common.History) -> int | None:
-    """The number of steps whose size the learning rate bounded; None if nothing else bounds them."""
-    steps, rates = series(history, "limited_rate")
-    since = zip([0, *steps], steps, rates, strict=False)
-    return round(sum(rate * (step - before) for before, step, rate in since)) if steps else None
 
 
 def count_parameters(model: torch.nn.Module, trained_only: bool = False) -> int:
