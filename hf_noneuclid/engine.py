@@ -15,6 +15,13 @@ def steps_group_by_group() -> bool:
     return bool(_engine() == DistributedType.DEEPSPEED)
 
 
+def schedules_learning_rate() -> bool:
+    """Whether the engine's own schedule sets the learning rate: one in DeepSpeed's config does."""
+    if _engine() != DistributedType.DEEPSPEED:
+        return False
+    return "scheduler" in AcceleratorState().deepspeed_plugin.deepspeed_config
+
+
 def check_engine() -> None:
     """Refuses an engine that would train something else than what was asked for.
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .diagnostics import FATAL_RUN, DivergedError
+from .options import is_bounded_by
 
 if TYPE_CHECKING:
     from .optimizer import NonEuclideanDescent
 
 logger = logging.getLogger(__name__)
 
-_COUNTS = ("steps", "truncated_steps", "bad_steps")
+_COUNTS = ("steps", "bad_steps", "truncated_steps", "limited_steps", "zero_steps")
 
 
 def show_log() -> None:
@@ -43,10 +44,18 @@ class StepLog:
 
     def __init__(self, optimizer: NonEuclideanDescent) -> None:
         self._optimizer = optimizer
-        before = optimizer.diagnostics()
-        self._before = {key: before.get(key, 0) for key in _COUNTS}
-        self._began = self._before["steps"]
-        self._warned_of_bound = False
+        self._began = self._before = self._last_moved = self._counts()
+        self._watched: dict[str, int] | None = None
+        self._warned_of_bound = self._warned_of_zero_steps = self._warned_of_limit = False
+
+    def _counts(self) -> dict[str, int]:
+        now = self._optimizer.diagnostics()
+        return {key: now.get(key, 0) for key in _COUNTS}
+
+    @property
+    def _step_size(self) -> str:
+        """The option; loading a checkpoint may change it."""
+        return str(self._optimizer.param_groups[0]["step_size"])
 
     def read(self, global_step: int) -> dict[str, float]:
         """Metrics for the log; empty before the first step.
@@ -58,9 +67,18 @@ class StepLog:
         if not now:
             return {}
         self._refuse_fatal(now, global_step)
-        since = {key: now[key] - self._before[key] for key in _COUNTS}
-        self._before = {key: now[key] for key in _COUNTS}
-        metrics = {"step_size": now["step_size"], "dual_norm": now["dual_norm"]}
+        counts = {key: now[key] for key in _COUNTS}
+        since, self._before = _difference(counts, self._before), counts
+        metrics = {"step_size": now["step_size"]}
+        if is_bounded_by(self._step_size, "slope"):
+            metrics["vector_step_size"] = now["vector_step_size"]
+        metrics["dual_norm"] = now["dual_norm"]
+        if self._step_size != "rate" and since["steps"]:
+            metrics["limited_rate"] = since["limited_steps"] / since["steps"]
+        if since["zero_steps"]:
+            metrics["zero_steps"] = since["zero_steps"]
+        self._last_moved = counts if _moved(since) else self._last_moved
+        self._warn_of_zero_steps(now, counts["steps"] - self._last_moved["steps"])
         if now["running_loss"] is not None:
             metrics["truncation_rate"] = since["truncated_steps"] / max(1, since["steps"])
             if now["loss_lower_bound"] is not None:
@@ -78,10 +96,58 @@ class StepLog:
 
     def _refuse_fatal(self, now: dict[str, Any], global_step: int) -> None:
         first = now["first_fatal_step"]
-        if not first or first + FATAL_RUN - 1 <= self._began:
+        if not first or first + FATAL_RUN - 1 <= self._began["steps"]:
             return
         # The optimizer counts steps since it was made, the Trainer since the run began.
         raise DivergedError(first + global_step - now["steps"])
+
+    def watch(self) -> None:
+        """Warns if the learning rate bounded every step since the last call, though another rule should."""
+        before, self._watched = self._watched, self._counts()
+        if before is None or self._warned_of_limit or self._step_size == "rate":
+            return
+        since = _difference(self._watched, before)
+        if 0 < since["limited_steps"] == _moved(since):
+            self._warned_of_limit = True
+            logger.warning(
+                "the learning rate bounded each of the last %d steps, so that it limits this run, and not "
+                "step_size=%s. Raise it (learning_rate=1 hardly ever limits a step) unless you mean it.",
+                since["steps"],
+                self._step_size,
+            )
+
+    def tell_limited(self) -> None:
+        """Says at INFO how many steps the learning rate has bounded since this log began."""
+        since = _difference(self._counts(), self._began)
+        if self._step_size == "rate" or not since["steps"]:
+            return
+        if since["limited_steps"]:
+            logger.info(
+                "%d of %d steps were limited by the learning rate", since["limited_steps"], since["steps"]
+            )
+        else:
+            logger.info("no step was limited by the learning rate")
+
+    def _warn_of_zero_steps(self, now: dict[str, Any], steps: int) -> None:
+        """Warns once if so many steps have not moved anything, though the learning rate is not 0.
+
+        Single ones are no fault: Momo takes none after a batch of a low loss.
+        """
+        if self._warned_of_zero_steps or steps < FATAL_RUN or not now["zero_steps"] or now["lr"] == 0:
+            return
+        self._warned_of_zero_steps = True
+        if now["dual_norm"] == 0:
+            logger.warning(
+                "the last %d steps were 0, because all gradients were: check that the loss depends on the "
+                "parameters that are trained.",
+                steps,
+            )
+            return
+        logger.warning(
+            "the last %d steps were 0: by Momo's model of the loss, it is at its lower bound already. Give a "
+            "loss_lower_bound below every loss, or use step_size=slope, which needs none.",
+            steps,
+        )
 
     def _warn_of_low_loss(self, loss: float, bound: float | None) -> None:
         rule = self._optimizer.param_groups[0]["loss_lower_bound"]
@@ -106,6 +172,23 @@ class StepLog:
             rule,
             bound,
         )
+
+
+def limited_steps(history: Iterable[Mapping[str, Any]]) -> int | None:
+    """How many steps the learning rate bounded, by a Trainer's log; None if no other rule bounds steps."""
+    rows = [row for row in history if "limited_rate" in row]
+    before = [0, *(row["step"] for row in rows)]
+    counts = [row["limited_rate"] * (row["step"] - x) for row, x in zip(rows, before, strict=False)]
+    return round(sum(counts)) if rows else None
+
+
+def _difference(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    return {key: now[key] - before[key] for key in _COUNTS}
+
+
+def _moved(counts: Mapping[str, int]) -> int:
+    """The number of steps that changed a parameter."""
+    return counts["steps"] - counts["bad_steps"] - counts["zero_steps"]
 
 
 def _spread(nuclear_norms: Mapping[str, float]) -> dict[str, float]:

@@ -54,12 +54,6 @@ def truncated_step_size(lr: Tensor, height: Tensor, dual: Tensor, descent: Desce
     return torch.where(dual == 0, 0, torch.minimum(lr, bound))
 
 
-def model_decrease(step_size: Tensor, dual: Tensor, descent: Descent) -> Tensor:
-    """By how much a step lowers the model: τ D (constrained) or τ D² (regularized), 0-d."""
-    decrease = step_size * dual
-    return decrease * dual if descent == "regularized" else decrease
-
-
 NO_BOUND = -1e30
 """Lower than any loss. Infinity would be NaN where the learning rate is 0."""
 

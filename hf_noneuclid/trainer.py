@@ -1,23 +1,23 @@
-"""The Hugging Face Trainer: the methods by name, the loss for Momo, the step size in the logs.
+"""The Hugging Face Trainer: the methods by name, loss and clipping for Momo, the step size in the logs.
 
 ``register`` adds the methods to the Trainer's registry of optimizers, and a callback that does nothing until
-a Trainer trains with one of them. Only then is ``Accelerator.backward`` observed: every loss passes through
-it once, whatever a subclass of the Trainer does. ``NonEuclidTrainerMixin`` does the same for one Trainer.
+a Trainer trains with one of them. Only if its step size needs Momo are accelerators observed, all of them
+(``observation``). ``NonEuclidTrainerMixin`` does the same for one Trainer and its own accelerator.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .groups import one_group
 from .log import StepLog
@@ -34,14 +34,25 @@ from .optimizer import NonEuclideanDescent
 try:
     import transformers
     import transformers.trainer as hf_trainer
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType
     from packaging.version import Version
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext, _parse_optim_args
     from transformers.training_args import OptimizerNames
 
-    from .engine import check_engine, check_innermost, check_world_size, steps_group_by_group
+    from .engine import (
+        check_engine,
+        check_innermost,
+        check_world_size,
+        schedules_learning_rate,
+        steps_group_by_group,
+    )
+    from .observation import (
+        OBSERVER,
+        find_optimizer,
+        has_momo,
+        observe_accelerator,
+        observe_all_accelerators,
+    )
 except ImportError as error:
     raise ImportError(
         f"hf_noneuclid needs transformers >= 5.3 and accelerate for the Trainer ({error}). "
@@ -55,34 +66,10 @@ logger = logging.getLogger(__name__)
 _MIXED_INTO: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar("mixed_into", default=None)
 """The NonEuclidTrainerMixin that is making its optimizer, and its options."""
 
-# ---------------------------------------------------------------- the loss
+_FED_ALONE: WeakSet[NonEuclideanDescent] = WeakSet()
+"""The optimizers of the accelerators that are observed alone."""
 
-
-class _LossObserver:
-    """Passes the loss of every backward to the optimizers of an accelerator.
-
-    A window of accumulation ends with the backward that synchronises gradients, whether or not a step
-    follows: a loss scaler may skip the step, and this loss must not be added to the next window.
-    """
-
-    def __init__(self) -> None:
-        self._window_is_over: WeakKeyDictionary[Accelerator, bool] = WeakKeyDictionary()
-
-    def observe(self, accelerator: Accelerator, loss: Tensor, **kwargs: Any) -> None:
-        share = loss.detach() / _accumulation_divisor(accelerator, **kwargs)
-        begin = self._window_is_over.get(accelerator, True)
-        for optimizer in map(find_optimizer, accelerator._optimizers):
-            if optimizer is not None:
-                optimizer.observe_loss(share, begin=begin)
-        self._window_is_over[accelerator] = accelerator.sync_gradients
-
-
-def _accumulation_divisor(accelerator: Accelerator, scale_wrt_gas: bool = True, **_: Any) -> int:
-    """The number by which ``backward`` divides the loss. The Trainer divides before, and sets it to 1."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return int(accelerator.gradient_accumulation_steps)
-    engine = accelerator.deepspeed_engine_wrapped.engine
-    return int(engine.gradient_accumulation_steps()) if scale_wrt_gas else 1
+# ---------------------------------------------------------------- the log
 
 
 def _warn_of_double_division(args: Any) -> None:
@@ -99,61 +86,13 @@ def _warn_of_double_division(args: Any) -> None:
         )
 
 
-def find_optimizer(optimizer: Any) -> NonEuclideanDescent | None:
-    """The NonEuclideanDescent inside the wrappers of accelerate and DeepSpeed, if there is one."""
-    while optimizer is not None and not isinstance(optimizer, NonEuclideanDescent):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
-
-
-_OBSERVER = _LossObserver()
-_OBSERVED_ALONE: WeakSet[Accelerator] = WeakSet()
-"""Accelerators whose own ``backward`` is observed, by a NonEuclidTrainerMixin."""
-_FED_ALONE: WeakSet[NonEuclideanDescent] = WeakSet()
-"""The optimizers of these accelerators."""
-
-
-def _observed(backward: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(backward)
-    def observed_backward(accelerator: Accelerator, loss: Tensor, **kwargs: Any) -> None:
-        if accelerator not in _OBSERVED_ALONE:
-            # Before the backward, because DeepSpeed takes the step inside it.
-            _OBSERVER.observe(accelerator, loss, **kwargs)
-        backward(accelerator, loss, **kwargs)
-
-    observed_backward.observes_loss = True  # type: ignore[attr-defined]
-    return observed_backward
-
-
-def observe_all_accelerators() -> None:
-    """Observes the loss of every accelerator in this process. May be called again."""
-    if not getattr(Accelerator.backward, "observes_loss", False):
-        Accelerator.backward = _observed(Accelerator.backward)
-
-
-def observe_accelerator(accelerator: Accelerator) -> None:
-    """Observes the loss of one accelerator, and leaves the class alone. May be called again."""
-    if accelerator in _OBSERVED_ALONE:
-        return
-    backward = accelerator.backward
-
-    @functools.wraps(backward)
-    def observed_backward(loss: Tensor, **kwargs: Any) -> None:
-        _OBSERVER.observe(accelerator, loss, **kwargs)
-        backward(loss, **kwargs)
-
-    accelerator.backward = observed_backward
-    _OBSERVED_ALONE.add(accelerator)
-
-
-# ---------------------------------------------------------------- the log
-
-
 class NonEuclidCallback(TrainerCallback):
-    """Observes the loss and logs the step size if the optimizer is ours; does nothing otherwise."""
+    """Has losses observed and logs the step size if the optimizer is ours; does nothing otherwise."""
 
     def __init__(self) -> None:
         self._log: StepLog | None = None
+        self._first_step = 1
+        self._watched = range(0)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if _name(args.optim) in all_names():
@@ -165,15 +104,23 @@ class NonEuclidCallback(TrainerCallback):
         if _name(args.optim) in all_names():
             check_innermost(kwargs.get("optimizer"), optimizer, _name(args.optim))
         self._log = None if optimizer is None else StepLog(optimizer)
+        self._first_step = state.global_step + 1
+        self._watched = _watched_steps(state.global_step, state.max_steps, args)
         if optimizer is not None:
             _warn_of_double_division(args)
-            if optimizer not in _FED_ALONE:
+            if has_momo(optimizer) and optimizer not in _FED_ALONE:
                 observe_all_accelerators()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = find_optimizer(kwargs.get("optimizer"))
-        if optimizer is not None and state.global_step == 1:
+        if optimizer is None or self._log is None:
+            return
+        if state.global_step == 1:
             optimizer.diagnostics()  # warns early of a lower bound above the first loss
+        if state.global_step == self._first_step and has_momo(optimizer) and (args.max_grad_norm or 0) > 0:
+            _warn_of_unseen_clipping(optimizer)
+        if state.global_step in self._watched and state.is_world_process_zero:
+            self._log.watch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._log is not None and "learning_rate" in logs:
@@ -183,7 +130,30 @@ class NonEuclidCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._log is not None:
-            self._log.read(state.global_step)
+            rest = self._log.read(state.global_step)
+            if "limited_rate" in rest and state.log_history:  # the steps after the last log count, too
+                state.log_history[-1]["limited_rate"] = rest["limited_rate"]
+            if state.is_world_process_zero:
+                self._log.tell_limited()
+
+
+def _watched_steps(done: int, steps: int, args: Any) -> range:
+    """Between which steps it is asked whether the learning rate bounds all of them.
+
+    Each interval is a twentieth of the run, and ten steps at least. The first one begins when the step size
+    has had time to grow, and when the warm-up is over. The last one ends with about a third of the run: near
+    the end of a schedule, the learning rate may well be the bound.
+    """
+    length = max(10, math.ceil((steps - done) / 20))
+    start = max(done + length, args.get_warmup_steps(steps))
+    return range(start, start + 5 * length, length)
+
+
+def _warn_of_unseen_clipping(optimizer: NonEuclideanDescent) -> None:
+    if optimizer not in OBSERVER.knows_clipping:
+        OBSERVER.warn(
+            optimizer, "this Trainer does not clip gradients by Accelerator.clip_grad_norm_", "use it"
+        )
 
 
 # ---------------------------------------------------------------- by name
@@ -205,7 +175,32 @@ def _make_optimizer_arguments(
         **scale,
     )
     groups = one_group(groups) if steps_group_by_group() else groups
+    _choose_learning_rate(args, method, settings.step_size)
     return {"params": groups, "lr": args.learning_rate, **optimizer_arguments(settings, tuning)}
+
+
+def _choose_learning_rate(args: Any, method: str, step_size: str) -> None:
+    """Replaces a default that nobody chose by 1 where it would only be the upper bound of another rule.
+
+    The default of a class of arguments was made for its default optimizer. If that is one of ours, or if
+    DeepSpeed's config has a schedule, the learning rate was chosen.
+    """
+    default = _default(args, "learning_rate")
+    was_chosen = args.learning_rate != default or _name(_default(args, "optim")) in all_names()
+    if step_size == "rate" or was_chosen or schedules_learning_rate():
+        return
+    args.learning_rate = 1.0  # scheduler, logs and training_args.bin follow
+    if args.process_index == 0:
+        logger.warning(
+            "learning_rate was left at its default, %g, which is not meant for %s: with step_size=%s it is "
+            "only an upper bound of the step size, and 1.0 is used. To bound the steps at %g after all, pass "
+            "a value beside the default, such as %.5g.",
+            default,
+            method,
+            step_size,
+            default,
+            1.0001 * default,
+        )
 
 
 def _handle(context: OptimizerContext) -> tuple[type[NonEuclideanDescent], dict[str, Any]]:
@@ -259,7 +254,7 @@ def _add_member(value: str) -> OptimizerNames:
 
 
 class NonEuclidTrainerMixin(_MixedInto):
-    """Makes a Trainer use a method of this package, and observes only the loss of its own accelerator.
+    """Makes a Trainer use a method of this package, and observes no accelerator but its own.
 
     It stands before the class of the Trainer: ``class MyTrainer(NonEuclidTrainerMixin, SFTTrainer)``. If
     ``args.optim`` names one of our methods, this method is used, with ``args.optim_args``; otherwise the
@@ -278,7 +273,6 @@ class NonEuclidTrainerMixin(_MixedInto):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         check_engine()
-        observe_accelerator(self.accelerator)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -292,7 +286,8 @@ class NonEuclidTrainerMixin(_MixedInto):
                     "...), None)."
                 )
         optimizer: torch.optim.Optimizer = self.optimizer
-        if (ours := find_optimizer(optimizer)) is not None:
+        if (ours := find_optimizer(optimizer)) is not None and has_momo(ours):
+            observe_accelerator(self.accelerator)
             _FED_ALONE.add(ours)
         return optimizer
 
@@ -308,7 +303,7 @@ class NonEuclidTrainerMixin(_MixedInto):
             self.args.optim = asked
 
     def _method_and_options(self) -> tuple[str, dict[str, Any]]:
-        asked, default = (_name(optim) for optim in (self.args.optim, _default_optim(self.args)))
+        asked, default = (_name(optim) for optim in (self.args.optim, _default(self.args, "optim")))
         values = parse_options(_parse_optim_args(self.args.optim_args))
         if asked in all_names():
             return asked, values
@@ -324,8 +319,8 @@ def _name(optim: Any) -> str:
     return str(getattr(optim, "value", optim))
 
 
-def _default_optim(args: Any) -> Any:
-    return next(field.default for field in dataclasses.fields(args) if field.name == "optim")
+def _default(args: Any, name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(args) if field.name == name)
 
 
 class NonEuclidTrainer(NonEuclidTrainerMixin, Trainer):

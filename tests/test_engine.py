@@ -56,6 +56,19 @@ def test_a_deepspeed_config_that_keeps_the_optimizer_is_accepted(engine, config)
     assert engines.steps_group_by_group()
 
 
+@pytest.mark.parametrize(
+    ("kind", "config", "expected"),
+    [
+        (DistributedType.DEEPSPEED, {"scheduler": {"type": "WarmupLR"}}, True),
+        (DistributedType.DEEPSPEED, {"zero_optimization": {"stage": 2}}, False),
+        (DistributedType.MULTI_GPU, {}, False),
+    ],
+)
+def test_a_schedule_in_the_deepspeed_config_is_known(engine, kind, config, expected):
+    engine(kind, deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+    assert engines.schedules_learning_rate() is expected
+
+
 def test_megatron_is_refused(engine):
     engine(DistributedType.MEGATRON_LM)
     with pytest.raises(RuntimeError, match=r"Megatron-LM .*FSDP2"):

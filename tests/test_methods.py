@@ -116,11 +116,10 @@ def test_every_combination_is_reachable_and_steps(descent, product_norm, vector_
     assert {group["norm"] for group in optimizer.param_groups} == {"spectral", vector_norm}
 
 
-def test_defaults_are_those_of_the_paper_except_the_lower_bound():
-    for group in create_optimizer(model(), lr=1e-2).param_groups:
-        assert (group["loss_lower_bound"], group["lower_bound_fraction"]) == ("auto", 0.85)
-    groups = create_optimizer(model(), lr=1e-2, loss_lower_bound=0.0).param_groups
+def test_defaults_are_those_of_the_paper_except_the_slope():
+    groups = create_optimizer(model(), lr=1e-2).param_groups
     for group in groups:
+        assert (group["step_size"], group["decay_at"]) == ("momo+slope", "step")
         assert (group["momentum"], group["beta2"], group["eps"]) == (0.95, 0.95, 1e-8)
         assert (group["weight_decay"], group["polar_steps"], group["loss_lower_bound"]) == (0.0, 5, 0.0)
     assert {group["norm"]: group["lr_scale"] for group in groups} == {"spectral": 10.0, "ada_l2": 1.0}

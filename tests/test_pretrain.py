@@ -108,6 +108,24 @@ def test_the_saved_model_has_the_reported_loss(tmp_path, text_file):
     assert metrics["eval_loss_along_the_way"] == pytest.approx(mean_loss(model, blocks[few]), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("optim", "options", "rate", "limited"),
+    [
+        ("muon", "step_size=momo,loss_lower_bound=0.0", 1e-6, 5),
+        ("muon", "step_size=momo,loss_lower_bound=0.0", 1e3, 0),
+        ("muon", "step_size=rate", 1e-6, None),
+        ("adamw_torch", "", 1e-6, None),
+    ],
+)
+def test_metrics_count_the_steps_that_the_learning_rate_limited(
+    tmp_path, text_file, optim, options, rate, limited
+):
+    """Those after the last log, too."""
+    flags = [f"--train_files={text_file}", "--max_steps=5", "--logging_steps=2", f"--optim={optim}"]
+    metrics = train(tmp_path, *flags, f"--optim_args={options}", f"--learning_rate={rate}")
+    assert metrics["limited_steps"] == limited
+
+
 def test_the_first_training_loss_is_the_mean_over_the_first_batch(tmp_path, text_file):
     """The Trainer left alone divides GPT-2's loss by one token too many in each sequence."""
     flags = [f"--train_files={text_file}", "--max_steps=1", "--learning_rate=0", "--optim=adamw_torch"]

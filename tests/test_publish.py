@@ -214,6 +214,8 @@ def test_the_card_says_what_was_done(pushed):
     assert files["curves.png"].startswith(b"\x89PNG")
     for words in (
         "# tiny\n",
+        f"\n{metrics['limited_steps'] or 'No'} ",
+        " limited by the learning rate.\n",
         "](curves.png)",
         metrics["corpus"]["train_sha256"],
         metrics["versions"]["torch"],

@@ -16,7 +16,7 @@ EXPERIMENTS = f"{PACKAGE}.experiments"
 PARTS = ("common", "secrets", "costs", "training", "sweeping", "reporting", "publishing")
 COMMANDS = ("sweep", "report", "plan", "benchmark", "publish")
 COMMAND_LINE = ("cli", "__main__")
-NEEDS_TRANSFORMERS = ("trainer", "engine")
+NEEDS_TRANSFORMERS = ("trainer", "engine", "observation")
 
 
 def name_of(path: Path) -> str:

@@ -5,8 +5,10 @@ import functools
 import inspect
 import json
 import pickle
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,8 @@ from transformers import (
 import hf_noneuclid
 from hf_noneuclid import METHODS, DivergedError, NonEuclideanDescent, NonEuclidTrainer, NonEuclidTrainerMixin
 from hf_noneuclid.methods import all_names
-from hf_noneuclid.trainer import find_optimizer, observe_all_accelerators
+from hf_noneuclid.observation import OBSERVED, find_optimizer, observe_all_accelerators
+from hf_noneuclid.trainer import _watched_steps
 
 VOCABULARY, LENGTH, BATCH = 64, 12, 4
 ROWS = 20  # five batches: a window of two or three is short at the end of the epoch
@@ -101,8 +104,9 @@ def arguments(tmp_path):
 
 @pytest.fixture
 def unobserved(monkeypatch):
-    """A process in which no Trainer has trained with one of our methods yet."""
-    monkeypatch.setattr(Accelerator, "backward", inspect.unwrap(Accelerator.backward))
+    """A process in which no Trainer has trained with Momo yet."""
+    for name in OBSERVED:
+        monkeypatch.setattr(Accelerator, name, inspect.unwrap(getattr(Accelerator, name)))
 
 
 def parameters(model):
@@ -246,6 +250,42 @@ def test_a_trainer_with_another_optimizer_leaves_the_accelerator_class_alone(arg
     assert Accelerator.backward is backward
 
 
+class Preferences(Trainer):
+    """Its loss is negative or 0, as that of groups of answers may be."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        log_probabilities = model(inputs["input_ids"]).logits.log_softmax(-1)
+        advantages = torch.linspace(-1, 1, len(log_probabilities))
+        loss = (advantages * log_probabilities[:, -1, 0]).sum() * (self.state.global_step % 4 > 0) - 7.0
+        return (loss, {}) if return_outputs else loss
+
+
+class MixedPreferences(NonEuclidTrainerMixin, Preferences):
+    pass
+
+
+@pytest.mark.usefixtures("unobserved")
+@pytest.mark.parametrize("trainer_class", [Trainer, NonEuclidTrainer, Preferences, MixedPreferences])
+@pytest.mark.parametrize("step_size", ["rate", "slope"])
+def test_without_momo_no_loss_is_needed_and_nothing_is_patched(arguments, trainer_class, step_size):
+    plain = {name: getattr(Accelerator, name) for name in OBSERVED}
+    args = arguments(optim="muon", optim_args=f"step_size={step_size}", max_steps=8)
+    trainer, witness = train(trainer_class, args)
+    assert {name: getattr(Accelerator, name) for name in OBSERVED} == plain
+    assert not OBSERVED.keys() & vars(trainer.accelerator).keys()
+    assert witness.losses == [None] * 8
+    assert all(size > 0 for size in logged(trainer, "step_size")[1:])  # Preferences begin with a loss of 0
+    assert any((witness.before[0][0][name] != x).any() for name, x in witness.after[-1][0].items())
+
+
+@pytest.mark.parametrize("trainer_class", [Preferences, MixedPreferences])
+def test_momo_warns_of_a_negative_loss_below_its_bound(arguments, trainer_class, caplog):
+    args = arguments(optim="muon", optim_args="step_size=momo,loss_lower_bound=0.0")
+    with pytest.warns(UserWarning, match="loss_lower_bound is 0, above the first loss, -7"):
+        train(trainer_class, args)
+    assert "the loss, -7, is below loss_lower_bound=0.0 (0)" in caplog.text
+
+
 def test_a_loss_is_counted_once_where_both_ways_meet(arguments):
     accumulate = {"gradient_accumulation_steps": 2, "max_steps": 2}
     earlier = NonEuclidTrainer(
@@ -314,7 +354,6 @@ CASES = {
         "gradient_accumulation_steps": 2,
     },
     "no clipping": {"max_grad_norm": 0.0},
-    "a method without momo": {"optim": "muon", "gradient_accumulation_steps": 2},
 }
 
 
@@ -462,12 +501,264 @@ def test_momo_without_an_observed_loss_says_what_to_do():
     assert_same(parameters(model), before)
 
 
+# ---------------------------------------------------------------- clipping
+
+MOMO_WITHOUT_AUTO = "step_size=momo,loss_lower_bound=0.0"
+
+
+def scaled(factor):
+    """The mean over tokens times a factor, as compute_loss_func."""
+    return {"compute_loss_func": lambda *args, **kwargs: factor * token_mean(*args, **kwargs)}
+
+
+@ONE_DIVISION
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_a_thousand_times_as_large_is_clipped_to_the_same_steps(
+    arguments, trainer_class, accumulation
+):
+    """Without the factor, the steps of the larger loss would be a thousand times as long."""
+    args = arguments(
+        optim="muon",
+        optim_args=f"{MOMO_WITHOUT_AUTO},polar_method=svd",
+        learning_rate=100.0,
+        max_grad_norm=1.0,
+        gradient_accumulation_steps=accumulation,
+    )
+    # Not GPT-2, as above.
+    small, _ = train(trainer_class, args, model=llama(), **scaled(10))
+    large, _ = train(trainer_class, args, model=llama(), **scaled(10_000))
+    assert min(logged(small, "grad_norm")) > 1  # all are clipped
+    assert logged(large, "truncation_rate") == logged(small, "truncation_rate") == [1.0] * 4
+    assert logged(large, "step_size") == pytest.approx(logged(small, "step_size"), rel=1e-4)
+    torch.testing.assert_close(parameters(large.model), parameters(small.model), rtol=1e-4, atol=1e-4)
+
+
+class Net(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self):
+        return 100 * self.second(self.first(torch.arange(4.0) + 1)).square().sum()
+
+
+@pytest.fixture
+def pairs():
+    """Two models with their optimizers, on one accelerator that observes loss and clipping."""
+    accelerator = Accelerator(cpu=True)
+    observe_all_accelerators()
+    made = []
+    for seed in range(2):
+        net = Net(seed)
+        method = {"step_size": "momo", "loss_lower_bound": 0.0}
+        optimizer = hf_noneuclid.create_optimizer(net, "muon", lr=1.0, **method)
+        made.append((*accelerator.prepare(net, optimizer), optimizer))
+    return accelerator, made
+
+
+def noted(optimizer):
+    """By how much the first gradients were clipped, as the optimizer has been told."""
+    optimizer.step()
+    (weight,) = {float(its["running_weight"]) for its in optimizer.state.values() if "running_weight" in its}
+    return weight
+
+
+def gradients(net):
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+@pytest.mark.usefixtures("unobserved")
+@pytest.mark.parametrize("norm_type", [2, 1, float("inf")])
+def test_clipping_is_known_for_any_norm_to_the_optimizer_whose_gradients_are_clipped(pairs, norm_type):
+    accelerator, ((net, _, optimizer), (other, _, untouched)) = pairs
+    accelerator.backward(net() + other())
+    before = gradients(net)
+    accelerator.clip_grad_norm_(net.parameters(), max_norm=0.5, norm_type=norm_type)  # a generator
+    factor = (gradients(net).norm() / before.norm()).item()
+    assert 0 < factor < 0.1
+    assert noted(optimizer) == pytest.approx(factor, rel=1e-5)
+    assert noted(untouched) == 1.0
+
+
+@pytest.mark.usefixtures("unobserved")
+def test_what_is_clipped_twice_is_scaled_by_both_factors(pairs):
+    accelerator, ((net, _, optimizer), _) = pairs
+    accelerator.backward(net())
+    before = gradients(net)
+    for norm in (10.0, float("inf"), 0.5):
+        accelerator.clip_grad_norm_(net.parameters(), norm)
+    assert noted(optimizer) == pytest.approx((gradients(net).norm() / before.norm()).item(), rel=1e-5)
+
+
+@pytest.mark.usefixtures("unobserved")
+def test_the_clipping_of_a_step_that_was_skipped_is_forgotten(pairs):
+    accelerator, ((net, prepared, optimizer), _) = pairs
+    accelerator.backward(net())
+    accelerator.clip_grad_norm_(net.parameters(), 0.5)
+    prepared.zero_grad()  # as a loss scaler does that found an overflow
+    accelerator.backward(net())
+    assert noted(optimizer) == 1.0
+
+
+@pytest.mark.usefixtures("unobserved")
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (lambda a, net: a.clip_grad_value_(net.parameters(), 0.1), "clip_grad_value_ .*use clip_grad_norm_"),
+        (lambda a, net: a.clip_grad_norm_(net.first.parameters(), 0.1), "only a part .*all of them at once"),
+    ],
+    ids=["values", "a part"],
+)
+def test_clipping_by_an_unknown_factor_is_warned_of_once(pairs, caplog, clip, message):
+    accelerator, ((net, prepared, _), _) = pairs
+    for _ in range(3):
+        accelerator.backward(net())
+        clip(accelerator, net)
+        prepared.step()
+        prepared.zero_grad()
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert re.search(message, warning)
+
+
+class ClipsElsewhere(Trainer):
+    def _clip_grad_norm(self, model):
+        return nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "options", "warnings"),
+    [
+        (ClipsElsewhere, {"optim_args": MOMO_WITHOUT_AUTO}, 1),
+        (ClipsElsewhere, {"optim_args": MOMO_WITHOUT_AUTO, "max_grad_norm": 0.0}, 0),
+        (ClipsElsewhere, {"optim_args": "step_size=slope"}, 0),
+        (Trainer, {"optim_args": MOMO_WITHOUT_AUTO}, 0),
+        (NonEuclidTrainer, {"optim_args": MOMO_WITHOUT_AUTO}, 0),
+    ],
+)
+def test_a_trainer_that_clips_where_nobody_sees_it_is_warned_of(
+    arguments, caplog, trainer_class, options, warnings
+):
+    train(trainer_class, arguments(optim="muon", **options))
+    assert caplog.text.count("does not clip gradients by Accelerator.clip_grad_norm_") == warnings
+
+
+# ---------------------------------------------------------------- the learning rate as a bound
+
+
+@dataclass
+class OfAnotherLibrary(TrainingArguments):
+    learning_rate: float = 1e-6
+
+
+@dataclass
+class ForTheseMethods(TrainingArguments):
+    optim: str = "muon"
+    learning_rate: float = 0.02
+
+
+def with_default_rate(arguments, arguments_class=TrainingArguments, **options):
+    default = arguments_class.__dataclass_fields__["learning_rate"].default
+    return arguments(arguments_class, **{"learning_rate": default, **options})
+
+
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize("optim_args", ["step_size=slope", MOMO_WITHOUT_AUTO])
+@pytest.mark.parametrize(
+    ("arguments_class", "default", "instead"),
+    [(TrainingArguments, "5e-05", "5.0005e-05"), (OfAnotherLibrary, "1e-06", "1.0001e-06")],
+)
+def test_a_default_that_nobody_chose_does_not_bound_the_steps(
+    arguments, caplog, trainer_class, optim_args, arguments_class, default, instead
+):
+    args = with_default_rate(arguments, arguments_class, optim="muon", optim_args=optim_args)
+    trainer, _ = train(trainer_class, args)
+    trainer.save_model()
+    saved = torch.load(f"{args.output_dir}/training_args.bin", weights_only=False)
+    assert trainer.args.learning_rate == saved.learning_rate == 1.0
+    assert trainer.lr_scheduler.base_lrs == [1.0] * len(find_optimizer(trainer.optimizer).param_groups)
+    assert logged(trainer, "learning_rate") == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert logged(trainer, "step_size")[0] > 0
+    (warning,) = [record for record in caplog.records if "learning_rate was left" in record.getMessage()]
+    assert warning.levelname == "WARNING"
+    for words in (f"at its default, {default}", "1.0 is used", f"such as {instead}"):
+        assert words in warning.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("arguments_class", "options", "rate"),
+    [
+        (TrainingArguments, {"optim": "muon"}, 5e-5),
+        (TrainingArguments, {"optim": "adamw_torch"}, 5e-5),
+        (
+            TrainingArguments,
+            {"optim": "muon", "optim_args": "step_size=slope", "learning_rate": 5.0005e-5},
+            5.0005e-5,
+        ),
+        (ForTheseMethods, {"optim": "muon_momo", "optim_args": "step_size=slope"}, 0.02),
+    ],
+    ids=["plain", "foreign", "chosen", "chosen by the class"],
+)
+def test_any_other_learning_rate_is_left_alone(arguments, caplog, arguments_class, options, rate):
+    args = with_default_rate(arguments, arguments_class, **options)
+    trainer = Trainer(gpt2(), args, train_dataset=sequences())
+    trainer.train()
+    assert trainer.args.learning_rate == logged(trainer, "learning_rate")[0] == rate
+    assert "learning_rate was left" not in caplog.text
+
+
+LIMITS = "the learning rate bounded each of the last 10 steps"
+
+
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize(
+    ("options", "warnings", "at_the_end"),
+    [
+        ({"optim_args": "step_size=slope", "learning_rate": 1e-5}, 1, r"\d+ of 40 steps were limited by"),
+        ({"optim_args": MOMO_WITHOUT_AUTO, "learning_rate": 1e-5}, 1, "40 of 40 steps were limited by"),
+        ({"optim_args": MOMO_WITHOUT_AUTO, "learning_rate": 100.0}, 0, "no step was limited by"),
+        ({"optim_args": "step_size=slope", "learning_rate": 1.0}, 0, "no step was limited by"),
+        ({"learning_rate": 1e-5}, 0, None),
+    ],
+    ids=["slope, low", "momo, low", "momo, high", "slope, high", "rate"],
+)
+def test_a_run_that_the_learning_rate_limits_says_so(
+    arguments, caplog, trainer_class, options, warnings, at_the_end
+):
+    caplog.set_level("INFO", "hf_noneuclid")
+    args = arguments(optim="muon", max_steps=40, lr_scheduler_type="constant", logging_steps=4, **options)
+    trainer, _ = train(trainer_class, args)
+    assert caplog.text.count(LIMITS) == warnings
+    told = [record.getMessage() for record in caplog.records if " limited by the " in record.getMessage()]
+    assert len(told) == (at_the_end is not None)
+    assert all(re.match(at_the_end, line) for line in told)
+    rates = logged(trainer, "limited_rate")
+    assert rates[-1:] == ([float(warnings)] if at_the_end else [])
+
+
+@pytest.mark.parametrize(
+    ("done", "steps", "warmup", "expected"),
+    [
+        (0, 1000, 0, [50, 100, 150, 200, 250]),
+        (0, 1000, 100, [100, 150, 200, 250, 300]),
+        (500, 1000, 100, [525, 550, 575, 600, 625]),
+        (0, 30, 0, [10, 20, 30, 40, 50]),
+    ],
+)
+def test_the_watch_for_a_limit_begins_after_the_growth_and_the_warm_up(
+    arguments, done, steps, warmup, expected
+):
+    assert list(_watched_steps(done, steps, arguments(warmup_steps=warmup))) == expected
+
+
 # ---------------------------------------------------------------- options
 
 
 @BY_NAME_AND_BY_CLASS
 def test_exactly_the_decay_parameters_of_the_trainer_decay(arguments, trainer_class):
-    trainer = trainer_class(gpt2(), arguments(weight_decay=0.5, learning_rate=0.1))
+    at_rate = {"weight_decay": 0.5, "learning_rate": 0.1, "optim_args": "decay_at=rate"}
+    trainer = trainer_class(gpt2(), arguments(**at_rate))
     optimizer = optimizer_of(trainer)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -532,17 +823,22 @@ def test_the_constant_linear_schedule_of_the_paper_has_a_name(arguments):
 
 # ---------------------------------------------------------------- the log
 
+OF_MOMO, OF_SLOPE = ("truncation_rate", "loss_lower_bound"), ("vector_step_size", "limited_rate")
+
 
 @BY_NAME_AND_BY_CLASS
 @pytest.mark.parametrize(
-    ("optim", "present", "absent"),
+    ("step_size", "present", "absent"),
     [
-        ("muonmax_momo", ("step_size", "dual_norm", "truncation_rate", "loss_lower_bound"), ("bad_steps",)),
-        ("muonmax", ("step_size", "dual_norm"), ("truncation_rate", "loss_lower_bound", "bad_steps")),
+        ("momo", (*OF_MOMO, "limited_rate"), ("vector_step_size",)),
+        ("momo+slope", (*OF_MOMO, *OF_SLOPE), ()),
+        ("slope", OF_SLOPE, OF_MOMO),
+        ("rate", (), (*OF_MOMO, *OF_SLOPE)),
     ],
 )
-def test_each_log_of_training_says_what_the_steps_were(arguments, trainer_class, optim, present, absent):
-    trainer, _ = train(trainer_class, arguments(optim=optim))
+def test_each_log_of_training_says_what_the_steps_were(arguments, trainer_class, step_size, present, absent):
+    trainer, _ = train(trainer_class, arguments(optim="muonmax", optim_args=f"step_size={step_size}"))
+    present, absent = (*present, "step_size", "dual_norm"), (*absent, "bad_steps", "zero_steps")
     for key in present:
         assert len(logged(trainer, key)) == 4
     for key in absent:

@@ -138,7 +138,8 @@ def train_alone(method, average_tokens):
     for step in range(STEPS):
         loss = objective(model, step, average_tokens)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.observe_clipping(min(1.0, 1.0 / (norm.item() + 1e-6)))
         optimizer.step(loss=loss)
         optimizer.zero_grad()
         after.append(flat(model))

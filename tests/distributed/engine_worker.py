@@ -2,7 +2,7 @@
 
 Usage: torchrun --nproc_per_node=N engine_worker.py MODE ENGINE FOLDER, with MODE one of
 
-run     all methods, a checkpoint half-way; then one more run, which is killed
+run     all methods, a checkpoint half-way; small and large losses; then one more run, which is killed
 alone   on one rank: goes on from the checkpoints of two, and makes one of its own
 resume  on two: goes on from their own checkpoints, and from that of one rank
 """
@@ -21,6 +21,7 @@ from network import (
     ACCUMULATION,
     BATCH,
     CLIP,
+    LOWER_BOUND,
     METHODS,
     RANKS,
     STEPS,
@@ -31,10 +32,12 @@ from network import (
 )
 from transformers import Trainer, TrainerCallback
 
-from hf_noneuclid.trainer import find_optimizer
+from hf_noneuclid.trainer import NonEuclidTrainerMixin, find_optimizer
 
 SAVED = STEPS // 2
 MOMO = [method for method in METHODS if method.endswith("momo")]
+NOTED = ("step_size", "loss", "dual_norm", "truncated")
+CLIPPED = {"step_size": "momo", "loss_lower_bound": 0.0, "clip": 0.05}  # in every step
 STALE = {"nuclear_norm": "stale", "loss_lower_bound": "auto", "lower_bound_fraction": 0.5}
 
 
@@ -48,6 +51,21 @@ class Witness(TrainerCallback):
         self.diagnostics.append(find_optimizer(optimizer).diagnostics())
 
 
+class Scaled(Trainer):
+    """Its loss, above the lower bound, is multiplied by a number."""
+
+    scale = 1.0
+
+    def compute_loss(self, *args, **kwargs):
+        return self.scale * (super().compute_loss(*args, **kwargs) - LOWER_BOUND)
+
+
+class Huge(NonEuclidTrainerMixin, Scaled):
+    """It observes its own accelerator alone."""
+
+    scale = 1000.0
+
+
 class Killed(TrainerCallback):
     """Kills this process after a step that is in no checkpoint."""
 
@@ -56,7 +74,19 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(engine, folder, method, *, callbacks=(), resume=None, save=False, bf16=False, **options):
+def train(
+    engine,
+    folder,
+    method,
+    *,
+    trainer_class=Trainer,
+    clip=CLIP,
+    callbacks=(),
+    resume=None,
+    save=False,
+    bf16=False,
+    **options,
+):
     """Trains with options of the method, and returns what was seen."""
     args = make_arguments(
         engine,
@@ -65,7 +95,7 @@ def train(engine, folder, method, *, callbacks=(), resume=None, save=False, bf16
         optim_args=",".join(f"{key}={value}" for key, value in {**options_of(method), **options}.items()),
         max_steps=STEPS,
         learning_rate=learning_rate(method),
-        max_grad_norm=CLIP,
+        max_grad_norm=clip,
         bf16=bf16,
         lr_scheduler_type="constant",
         per_device_train_batch_size=BATCH * RANKS // int(os.environ["WORLD_SIZE"]),
@@ -79,7 +109,7 @@ def train(engine, folder, method, *, callbacks=(), resume=None, save=False, bf16
         disable_tqdm=True,
     )
     witness = Witness()
-    trainer = Trainer(make_model(), args, train_dataset=rows(), callbacks=[witness, *callbacks])
+    trainer = trainer_class(make_model(), args, train_dataset=rows(), callbacks=[witness, *callbacks])
     if save:
         trainer.add_callback(SaveOnce())
     with Flops() as flops:
@@ -93,7 +123,7 @@ def train(engine, folder, method, *, callbacks=(), resume=None, save=False, bf16
         "state_dtypes": {
             str(x.dtype) for its in find_optimizer(trainer.optimizer).state.values() for x in its.values()
         },
-        **{key: [step[key] for step in witness.diagnostics] for key in ("step_size", "loss", "dual_norm")},
+        **{key: [step[key] for step in witness.diagnostics] for key in NOTED},
     }
 
 
@@ -111,6 +141,9 @@ def run(engine, folder):
     seen = {method: train(engine, folder / method, method, save=method in MOMO) for method in METHODS}
     seen["stale"] = train(engine, folder / "stale", "muonmax_momo", save=True, **STALE)
     seen["bf16"] = train(engine, folder / "x", "muonmax_momo", bf16=True)
+    for trainer_class in (Scaled, Huge):
+        name = trainer_class.__name__
+        seen[name] = train(engine, folder / "x", "muon", trainer_class=trainer_class, **CLIPPED)
     if engine.startswith("zero"):
         seen["offload"] = train(f"{engine}_offload", folder / "x", "muonmax_momo")
     leave(seen, folder, "run")

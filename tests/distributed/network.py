@@ -122,7 +122,8 @@ def train_alone(method, steps=STEPS):
         batch = data[step * size : (step + 1) * size]
         loss = model(*(torch.stack([row[key] for row in batch]) for key in ("tokens", "labels")))["loss"]
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.observe_clipping(min(1.0, CLIP / (norm.item() + 1e-6)))
         optimizer.step(loss=loss)
         optimizer.zero_grad()
         taken.append(optimizer.diagnostics()["step_size"])

@@ -75,9 +75,12 @@ def test_parameters_are_bitwise_equal_on_both_ranks_after_every_step(ranks, run)
 
 
 @pytest.mark.parametrize("run", BY_METHOD_AND_AVERAGE, ids=str)
-def test_the_observed_loss_is_the_objective_of_the_global_batch(ranks, run):
+def test_the_loss_that_momo_observes_is_the_objective_of_the_global_batch(ranks, run):
     for seen in ranks:
-        assert seen[run]["losses"] == pytest.approx(seen[run]["objectives"], rel=1e-6)
+        if run[0].endswith("momo"):
+            assert seen[run]["losses"] == pytest.approx(seen[run]["objectives"], rel=1e-6)
+        else:
+            assert seen[run]["losses"] == [None] * 4
 
 
 def test_averaging_tokens_across_devices_is_another_objective(ranks):

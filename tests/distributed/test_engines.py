@@ -31,7 +31,7 @@ def folder(tmp_path_factory, engine):
 @pytest.fixture(scope="module")
 def ran(engine, folder):
     """What the two ranks saw with all methods, before one more run killed them."""
-    torchrun(WORKER, "run", engine, folder, killed=True)
+    torchrun(WORKER, "run", engine, folder, killed=True, timeout=240)
     return [torch.load(folder / f"run{rank}.pt") for rank in range(RANKS)]
 
 
@@ -80,6 +80,17 @@ def test_steps_are_truncated_after_the_checkpoint_and_some_are_not(ran, method):
     truncated = [tau < 0.99 * learning_rate(method) for tau in ran[0][method]["step_size"]]
     assert any(truncated[STEPS // 2 :])
     assert not all(truncated)
+
+
+def test_a_loss_a_thousand_times_as_large_is_clipped_to_the_same_steps(ran):
+    """Momo knows by how much gradients are clipped, wherever the engine does it."""
+    for seen in ran:
+        small, large = seen["Scaled"], seen["Huge"]
+        assert relative(large["loss"], [1000 * loss for loss in small["loss"]]) < 1e-3
+        assert large["truncated"] == small["truncated"]
+        assert any(small["truncated"])
+        assert relative(large["step_size"], small["step_size"]) < 1e-4
+        assert distance(large["parameters"], small["parameters"]) < 1e-4
 
 
 def test_ranks_share_the_polar_factors(ran):

@@ -14,7 +14,8 @@ from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.methods import DEFAULT_MATRIX_LR_SCALE, canonical_name, parse_options, resolve
 
 # Numbers of metrics.json that are not results.
-COUNTS = {"seconds", "steps", "tokens", "parameters", "trained_parameters", "diverged_at", "best_eval_step"}
+COUNTS = {"seconds", "steps", "limited_steps", "tokens", "parameters", "trained_parameters"}
+COUNTS |= {"diverged_at", "best_eval_step"}
 
 
 @dataclass(frozen=True)

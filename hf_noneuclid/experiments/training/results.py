@@ -18,6 +18,7 @@ from hf_noneuclid.experiments.common import series
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.training.data import Corpus
 from hf_noneuclid.experiments.training.options import FinetuneArguments, PretrainArguments
+from hf_noneuclid.log import limited_steps
 
 PACKAGES = ("hf_noneuclid", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -41,6 +42,7 @@ def write_results(trainer: Trainer, data: Corpus, loss: float, results: dict[str
         "train_loss": train_losses[-1] if train_losses else None,
         "diverged": not math.isfinite(loss),
         "steps": trainer.state.global_step,
+        "limited_steps": limited_steps(history),
         "parameters": count_parameters(trainer.model),
         "hardware": {**common.describe_hardware(trainer.args.device), "processes": trainer.args.world_size},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
