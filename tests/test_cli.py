@@ -83,33 +83,6 @@ def test_a_module_runs_as_if_it_were_run_alone(tmp_path):
     }
 
 
-OUTCOMES = """
-import json, runpy, sys
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
-
-def outcome(arguments):
-    sys.argv = ["hf_noneuclid", *arguments]
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            runpy.run_module("hf_noneuclid", run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as error:
-            code = error.code or 0
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
-
-print(json.dumps([outcome(line) for line in json.loads(sys.argv[1])]))
-"""
-
-
-def outcomes(*lines, cwd, before=""):
-    """The exit codes and outputs of several command lines, all in one process: importing torch is slow."""
-    result = run("-c", before + OUTCOMES, json.dumps(lines), cwd=cwd)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 WRONG = {
     ("swep", "--suite", "mini"): "there is no command and no script 'swep'. Did you mean 'sweep'?",
     ("xyz",): "there is no command and no script 'xyz'. The commands are run, sweep, report,",
@@ -119,55 +92,99 @@ WRONG = {
     ("run", "-m", "json"): "there is no module 'json'",  # a package without a __main__
     ("-m", ".relative"): "there is no module '.relative'",
 }
+USAGE = {(): 2, ("-m",): 2, ("run",): 2, ("run", "-m"): 2, ("--help",): 0, ("run", "-h"): 0}
+HELP = [(command, "--help") for command in COMMANDS if command != "run"]
+ABSENT = [
+    (("sweep", "--help"), "optuna"),
+    (("report", "--help"), "matplotlib"),
+    (("publish", "--study", "outputs/mini", "--namespace", "me"), "optuna"),
+]
+
+OUTCOMES = """
+import json, os, runpy, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+import hf_noneuclid
+
+def outcome(arguments, absent):
+    read, write = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(write)
+        with open(read) as answer:
+            text = answer.read()
+        os.waitpid(process, 0)
+        return json.loads(text)
+    try:
+        if absent:
+            sys.modules[absent] = None
+        sys.argv = ["hf_noneuclid", *arguments]
+        out, err = StringIO(), StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                runpy.run_module("hf_noneuclid", run_name="__main__", alter_sys=True)
+                code = 0
+            except SystemExit as error:
+                code = error.code or 0
+        with open(write, "w") as answer:
+            json.dump({"code": code, "out": out.getvalue(), "err": err.getvalue()}, answer)
+    finally:
+        os._exit(0)
+
+print(json.dumps([outcome(*line) for line in json.loads(sys.argv[1])]))
+"""
 
 
-def test_wrong_command_lines_say_what_is_wrong(tmp_path):
-    for line, outcome in zip(WRONG, outcomes(*WRONG, cwd=tmp_path), strict=True):
-        assert outcome["code"] == 2, line
-        assert outcome["err"].startswith(f"noneuclid: {WRONG[line]}")
-        assert outcome["out"] == ""
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """The exit code and output of every command line and package that is absent.
+
+    Each is a fork of one process that has imported the package, because importing torch is slow.
+    """
+    folder = tmp_path_factory.mktemp("outcomes")
+    (folder / "report").mkdir()  # a folder with the name of a command does not hide it
+    lines = [*((line, None) for line in [*WRONG, *USAGE, ("--version",), *HELP]), *ABSENT]
+    result = run("-c", OUTCOMES, json.dumps(lines), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return dict(zip(lines, json.loads(result.stdout.splitlines()[-1]), strict=True))
 
 
-def test_a_command_line_without_a_command_shows_the_usage(tmp_path):
-    lines = ([], ["-m"], ["run"], ["run", "-m"], ["--help"], ["run", "-h"])
-    found = outcomes(*lines, cwd=tmp_path)
-    assert [outcome["code"] for outcome in found] == [2, 2, 2, 2, 0, 0]
-    for outcome in found:
-        shown, other = ("out", "err") if outcome["code"] == 0 else ("err", "out")
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_line_says_what_is_wrong(outcomes, line):
+    outcome = outcomes[line, None]
+    assert outcome["code"] == 2
+    assert outcome["err"].startswith(f"noneuclid: {WRONG[line]}")
+    assert outcome["out"] == ""
+
+
+def test_a_command_line_without_a_command_shows_the_usage(outcomes):
+    for line, code in USAGE.items():
+        outcome = outcomes[line, None]
+        assert outcome["code"] == code
+        shown, other = ("out", "err") if code == 0 else ("err", "out")
         assert outcome[shown].startswith("usage: noneuclid ")
         assert "[run] (SCRIPT | -m MODULE) [ARGUMENT ...]" in outcome[shown]
         assert outcome[other] == ""
     for command in COMMANDS:
-        assert f"\n  {command} " in found[4]["out"]
+        assert f"\n  {command} " in outcomes[("--help",), None]["out"]
 
 
-def test_the_version_is_the_packages(tmp_path):
-    (outcome,) = outcomes(["--version"], cwd=tmp_path)
-    assert outcome == {"code": 0, "out": f"noneuclid {hf_noneuclid.__version__}\n", "err": ""}
+def test_the_version_is_the_packages(outcomes):
+    expected = {"code": 0, "out": f"noneuclid {hf_noneuclid.__version__}\n", "err": ""}
+    assert outcomes[("--version",), None] == expected
 
 
-def test_every_command_has_a_help_text(tmp_path):
-    """A folder with the name of a command does not hide it."""
-    (tmp_path / "report").mkdir()
-    lines = [[command, "--help"] for command in COMMANDS if command != "run"]
-    for (command, _), outcome in zip(lines, outcomes(*lines, cwd=tmp_path), strict=True):
-        assert outcome["code"] == 0, outcome
-        assert outcome["out"].startswith(f"usage: noneuclid {command} ")
+@pytest.mark.parametrize("line", HELP)
+def test_every_command_has_a_help_text(outcomes, line):
+    outcome = outcomes[line, None]
+    assert outcome["code"] == 0, outcome
+    assert outcome["out"].startswith(f"usage: noneuclid {line[0]} ")
 
 
-@pytest.mark.parametrize(
-    ("line", "package"),
-    [
-        (["sweep", "--help"], "optuna"),
-        (["report", "--help"], "matplotlib"),
-        (["publish", "--study", "outputs/mini", "--namespace", "me"], "optuna"),
-    ],
-)
-def test_a_command_names_the_optional_package_that_is_missing(tmp_path, line, package):
-    absent = f"import sys\nsys.modules[{package!r}] = None\n"
-    (outcome,) = outcomes(line, cwd=tmp_path, before=absent)
+@pytest.mark.parametrize(("line", "package"), ABSENT)
+def test_a_command_names_the_optional_package_that_is_missing(outcomes, line, package):
     message = f"noneuclid {line[0]} needs the package {package}: pip install 'hf_noneuclid[recipes]'\n"
-    assert outcome == {"code": 2, "out": "", "err": message}
+    assert outcomes[line, package] == {"code": 2, "out": "", "err": message}
 
 
 def test_an_import_error_of_the_module_itself_is_not_hidden(tmp_path):

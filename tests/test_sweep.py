@@ -535,8 +535,16 @@ def test_a_folder_that_takes_no_files_is_an_error():
 # ---------------------------------------------------------------- the command
 
 
+QUICK = """
+from hf_noneuclid.cli import main
+from hf_noneuclid.experiments.sweeping import study
+study.HEARTBEAT, study.GRACE = 1, 8  # a worker that was killed is noticed in seconds
+main()
+"""
+
+
 def call(folder, text_file, *flags):
-    command = [sys.executable, "-m", "hf_noneuclid", "sweep", f"--suite={folder / 'tiny.yaml'}"]
+    command = [sys.executable, "-c", QUICK, "sweep", f"--suite={folder / 'tiny.yaml'}"]
     command += [f"--output_dir={folder / 'out'}", f"--option=train_files={text_file}", *flags]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
