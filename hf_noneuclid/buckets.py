@@ -25,7 +25,6 @@ from .elementwise import (
     largest_entries,
     move_,
     scale_,
-    square_norm,
     stack_scalars,
     wide_dtype,
 )
@@ -189,12 +188,12 @@ class Bucket:
         return inner_product(self.values(), others, self._workplace.like, self._workplace.chunk)
 
     def slope(self, grads: Tensors) -> Tensor:
-        """⟨g, u⟩ with the last step u, 0-d: how fast the loss still falls along it."""
-        return inner_product(grads, self.last_steps(), self._workplace.like, self._workplace.chunk)
-
-    def square(self, grads: Tensors) -> Tensor:
-        """‖g‖², 0-d."""
-        return square_norm(grads, self._workplace.like, self._workplace.chunk)
+        """⟨g, u⟩ with the last step u, how fast the loss still falls along it, and ‖g‖², of shape (2,)."""
+        like, chunk = self._workplace.like, self._workplace.chunk
+        last = self.last_steps()
+        return torch.stack(
+            [inner_product(grads, last, like, chunk), inner_product(grads, grads, like, chunk)]
+        )
 
     def accumulate(self, grads: Tensors, ok: Tensor, weight: Tensor, second_weight: Tensor) -> None:
         """Averages gradients into m and their squares into v.
@@ -270,8 +269,8 @@ class VectorBucket(Bucket):
             motion: How far.
         """
         length = self.norm.length(dual)
-        by_unit, per_length = (
-            (x if length is None else x / length).unbind() for x in (motion.coefficients, motion.per_length)
+        by_unit, per_length = torch.stack([motion.coefficients, motion.per_length]) / (
+            torch.ones_like(dual) if length is None else length
         )
         decay = motion.decay_rate * self.weight_decay if self.weight_decay else None
         m, v, last = self.momenta(), self.second_moments(), self.last_steps()

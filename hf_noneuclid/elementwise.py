@@ -104,14 +104,10 @@ def inner_product(xs: Sequence[Tensor], ys: Sequence[Tensor], like: Tensor, limi
         like: 0-d.
         limit: Bytes of a chunk, counted in float32.
     """
-    products = [product for _, (x, y) in chunks(limit, xs, ys) for product in inner_products(x, y)]
+    products: list[Tensor] = []
+    for _, (x, y) in chunks(limit, xs, ys):
+        products += inner_products(x, y)
     return stack_scalars(products, like).sum()
-
-
-def square_norm(xs: Sequence[Tensor], like: Tensor, limit: int) -> Tensor:
-    """Σ‖x‖² over tensors, 0-d, of the dtype and device of ``like``, taken in chunks of so many bytes."""
-    norms = [norm for _, (x,) in chunks(limit, xs) for norm in torch._foreach_norm(x)]
-    return stack_scalars(norms, like).square().sum()
 
 
 def inner_products(xs: Tensors, ys: Tensors) -> list[Tensor]:

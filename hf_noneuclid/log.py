@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .diagnostics import FATAL_RUN, DivergedError
-from .options import is_bounded_by
 
 if TYPE_CHECKING:
     from .optimizer import NonEuclideanDescent
@@ -70,7 +69,7 @@ class StepLog:
         counts = {key: now[key] for key in _COUNTS}
         since, self._before = _difference(counts, self._before), counts
         metrics = {"step_size": now["step_size"]}
-        if is_bounded_by(self._step_size, "slope"):
+        if "slope" in self._step_size:
             metrics["vector_step_size"] = now["vector_step_size"]
         metrics["dual_norm"] = now["dual_norm"]
         if self._step_size != "rate" and since["steps"]:
@@ -155,6 +154,13 @@ class StepLog:
         if self._warned_of_bound or not is_low:
             return
         self._warned_of_bound = True
+        if bound is None and not isinstance(rule, str):
+            logger.warning(
+                "a loss was below loss_lower_bound=%s: the bound is wrong for this loss, and is not used any "
+                "more. The slope alone bounds the steps.",
+                rule,
+            )
+            return
         if bound is None:
             logger.warning(
                 "the loss is %g, and its mean is not above 0, where loss_lower_bound=%s knows no bound: Momo "

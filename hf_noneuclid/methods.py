@@ -33,7 +33,7 @@ class Method:
     @property
     def momo(self) -> bool:
         """Whether a model of the loss bounds the step size."""
-        return options.is_bounded_by(self.step_size, "momo")
+        return "momo" in self.step_size
 
 
 _PLAIN = {
@@ -124,7 +124,7 @@ def method_options(method: str, step_size: str | None = None) -> list[str]:
         option
         for option, field in options.fields(Options, MethodOptions).items()
         if option not in _BY_PARAMETER
-        and (field.metadata["only"] is None or options.is_bounded_by(step_size, field.metadata["only"]))
+        and (field.metadata["only"] is None or field.metadata["only"] in step_size)
         and (name == FREE_METHOD or option not in _CHOICES)
     ]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Seen(NamedTuple):
 class LowerBound(ABC):
     """F*: a number, or a rule that estimates it while training and keeps what it knows in a vector."""
 
-    initial: ClassVar[tuple[float, ...]] = ()
+    initial: tuple[float, ...] = ()
     """The memory before the first step."""
 
     @abstractmethod
@@ -98,24 +98,24 @@ class Fixed(LowerBound):
         return torch.full_like(seen.model, self.value)
 
 
-@dataclass(frozen=True, slots=True)
-class Believed(Fixed):
+class Believed(LowerBound):
     """A number that is believed until a loss is below it, and bounds nothing from then on.
 
     It is for step sizes that something else bounds as well, so that a loss that turns out to be negative does
-    not stop the training. Its memory is 1 from then on.
+    not stop the training. Its memory is the bound.
+
+    Args:
+        value: The number.
     """
 
-    initial: ClassVar[tuple[float, ...]] = (0.0,)
+    def __init__(self, value: float) -> None:
+        self.initial = (value,)
 
     def bound(self, memory: Tensor, seen: Seen) -> Tensor:
-        return torch.where(self._is_refuted(memory, seen), NO_BOUND, self.value)
+        return torch.where(seen.loss < memory[0], NO_BOUND, memory[0])
 
     def remember(self, memory: Tensor, seen: Seen, decrease: Tensor) -> Tensor:
-        return self._is_refuted(memory, seen).to(memory.dtype).reshape(1)
-
-    def _is_refuted(self, memory: Tensor, seen: Seen) -> Tensor:
-        return (memory[0] > 0) | (seen.loss < self.value)
+        return self.bound(memory, seen).reshape(1)
 
 
 class Star(LowerBound):
@@ -152,7 +152,7 @@ class Relative(LowerBound):
     fraction: float
     horizon: float
 
-    initial: ClassVar[tuple[float, ...]] = (math.nan,)
+    initial = (math.nan,)
 
     def bound(self, memory: Tensor, seen: Seen) -> Tensor:
         return self._below(self._mean(memory[0], seen.loss))
@@ -185,7 +185,7 @@ class Scheduled(Relative):
 
     slack: float
 
-    initial: ClassVar[tuple[float, ...]] = (math.nan, 0.0)
+    initial = (math.nan, 0.0)  # type: ignore[assignment]
 
     def part(self, memory: Tensor, seen: Seen) -> Tensor:
         peak = torch.maximum(memory[1], seen.learning_rate)

@@ -23,7 +23,7 @@ from .diagnostics import Diagnostics, StepRecord
 from .elementwise import Tensors, as_scalar
 from .momo import Seen, model_value, truncated_step_size
 from .nuclear_norms import Measured
-from .options import Options, is_bounded_by
+from .options import Options
 from .plan import Plan, make_plan
 from .slope import Pace, Reading, advance
 
@@ -192,7 +192,7 @@ class NonEuclideanDescent(Optimizer):
         lr = self._learning_rate()
         # torch prepares an optimizer for a sharded load by a step with zero gradients, no loss and η = 0.
         is_preparation = not self.state and lr == 0 and loss is None
-        momo = is_bounded_by(self.param_groups[0]["step_size"], "momo")
+        momo = "momo" in self.param_groups[0]["step_size"]
         if momo and loss is None and not is_preparation:
             raise RuntimeError(
                 "Momo needs the loss of every step, and none was observed. Call step(loss=loss), or "
@@ -225,7 +225,7 @@ class NonEuclideanDescent(Optimizer):
         inner, slopes = _inner(plan, grads), _slopes(plan, grads)
         share = as_scalar(0.0 if loss is None else loss, plan.like) / plan.ranks
         # All that the ranks must agree on before anything is written, in one all-reduce.
-        facts = _sum_over_ranks(plan, torch.stack([bad, largest.sum(), inner, share, *slopes]))
+        facts = _sum_over_ranks(plan, torch.cat([torch.stack([bad, largest.sum(), inner, share]), slopes]))
         bad, movement, inner, mean_loss = facts[:4].unbind()
         ok = (bad == 0) & inner.isfinite() & mean_loss.isfinite()
         if must_move:  # without Momo a preparation is known from a first step at η = 0 only by its gradients
@@ -243,7 +243,7 @@ class NonEuclideanDescent(Optimizer):
             step.add_(checked.ok)
         for bucket, grads in zip(plan.buckets, checked.grads, strict=True):
             bucket.accumulate(grads, checked.ok, *weights[bucket.cohort])
-        if checked.loss is not None and plan.options.momo:  # then all parameters are in one cohort
+        if checked.loss is not None and plan.momo:  # then all parameters are in one cohort
             linear = {"running_loss": clipping * checked.loss - checked.inner, "running_weight": clipping}
             for key, value in linear.items():
                 plan.shared[key].add_(torch.where(checked.ok, value - plan.shared[key], 0) * weights[0][0])
@@ -252,7 +252,7 @@ class NonEuclideanDescent(Optimizer):
         """Phase 2: the dual norm d of every unit, and Σ⟨p, m⟩."""
         # The buckets that move are the first ones. The others are frozen, and are not measured.
         measured = [bucket.measure(g) for bucket, g in zip(plan.moving, checked.grads, strict=False)]
-        inner = _inner(plan, [bucket.momenta() for bucket in plan.buckets] if plan.options.momo else [])
+        inner = _inner(plan, [bucket.momenta() for bucket in plan.buckets] if plan.momo else [])
         summed = _sum_over_ranks(plan, torch.cat([*[x.partial for x in measured], inner.reshape(1)]))
         by_bucket = torch.split(summed[:-1], plan.units)
         norms = [bucket.norm.dual(x) for bucket, x in zip(plan.moving, by_bucket, strict=True)]
@@ -262,14 +262,15 @@ class NonEuclideanDescent(Optimizer):
         """Phase 3: D, the shares c, τ, and what multiplies the direction of every unit."""
         d = dual.norms * plan.scales
         n = plan.matrix_units
-        D, *shares = plan.product_norm.compose(d[:n], d[n:])
-        duals = torch.stack([(c * d_k).sum() for c, d_k in zip(shares, (d[:n], d[n:]), strict=True)])
+        D, matrix_shares, vector_shares = plan.product_norm.compose(d[:n], d[n:])
+        shares = torch.cat([matrix_shares, vector_shares])
+        duals = torch.stack([(shares * d)[:n].sum(), (shares * d)[n:].sum()])
         unit = D if plan.options.descent == "regularized" else torch.ones_like(D)
         chosen = self._step_size(plan, checked, dual.inner, D, duals, unit)
         # Momenta are finite here, but sums of large ones may not be: then nothing moves, and the step is bad.
         ok = checked.ok & D.isfinite() & chosen.tau.isfinite().all()
         # s counts once in d (for the share and D) and once more in the direction.
-        per_length = torch.where(ok, torch.cat(shares) * plan.scales, 0)
+        per_length = torch.where(ok, shares * plan.scales, 0)
         lengths = torch.where(ok, chosen.tau * unit, 0)
         decay_rates = chosen.tau if plan.options.decay_at == "step" else plan.eta.expand(2)
         return Decided(
@@ -287,10 +288,10 @@ class NonEuclideanDescent(Optimizer):
         """τ: the smallest of the learning rate and of what the slope and Momo allow."""
         options, shared = plan.options, plan.shared
         # By the slope η bounds the length, which does not depend on the size of the gradients.
-        limit = torch.where(D == 0, 0, plan.eta / unit if options.slope else plan.eta)
+        limit = torch.where(D == 0, 0, plan.eta / unit if plan.slope else plan.eta)
         tau, bound, is_truncated = limit, None, torch.zeros_like(checked.ok)
         learned: dict[str, Tensor] = {}
-        if checked.loss is not None and options.momo:
+        if checked.loss is not None and plan.momo:
             rule, memory = plan.lower_bound, shared.get("lower_bound_memory", plan.like)
             weight = shared["running_weight"]
             seen = Seen(checked.loss, model_value(shared["running_loss"], inner) / weight, plan.eta)
@@ -298,7 +299,7 @@ class NonEuclideanDescent(Optimizer):
             height = rule.part(memory, seen) * (seen.model - bound) * weight
             tau = truncated_step_size(limit, height, D, options.descent)
             is_truncated = tau < limit
-        if options.slope:
+        if plan.slope:
             reading = Reading(checked.slopes[:2], checked.slopes[2:].sqrt(), duals, plan.eta, tau * unit)
             pace, lengths = advance(
                 Pace(*shared["pace"].view(-1, 2)),
@@ -320,13 +321,14 @@ class NonEuclideanDescent(Optimizer):
 
     def _apply(self, plan: Plan, dual: DualNorms, decided: Decided) -> None:
         """Phase 4: p ← (1 - τλ) p + coefficient u. What was learned for the next step is kept."""
-        columns = (dual.norms, decided.coefficients, decided.per_length)
-        d, coefficients, per_length = (torch.split(x, plan.units) for x in columns)
+        by_unit = torch.stack([dual.norms, decided.coefficients, decided.per_length])
+        by_bucket = torch.split(by_unit, plan.units, dim=1)
         nuclear_norms = []
         for i, bucket in enumerate(plan.moving):
-            motion = Motion(coefficients[i], per_length[i], decided.decay_rates[bucket.part], decided.ok)
+            d, coefficients, per_length = by_bucket[i].unbind()
+            motion = Motion(coefficients, per_length, decided.decay_rates[bucket.part], decided.ok)
             # Popped, so that the polar factors are freed bucket by bucket.
-            norms = bucket.apply(dual.measured.pop(0), d[i], motion)
+            norms = bucket.apply(dual.measured.pop(0), d, motion)
             nuclear_norms += [] if norms is None else [norms]  # vectors have none
         if plan.stale_norms:
             fresh = _sum_over_ranks(plan, torch.cat(nuclear_norms))
@@ -438,7 +440,7 @@ class NonEuclideanDescent(Optimizer):
             limited=decided.step_size.is_limited,
             dual_norm=decided.dual,
             loss=checked.loss,
-            running_loss=plan.shared["running_loss"].clone() if plan.options.momo else None,
+            running_loss=plan.shared["running_loss"].clone() if plan.momo else None,
             lower_bound=decided.step_size.lower_bound,
             nuclear_norms=dual.norms[: plan.matrix_units],
             matrix_names=plan.matrix_names,
@@ -511,20 +513,19 @@ def _sum_over_ranks(plan: Plan, x: Tensor) -> Tensor:
 def _inner(plan: Plan, xs: Sequence[Tensors]) -> Tensor:
     """This rank's part of Σ⟨p, x⟩, which Momo needs. Replicas hold the same, so that only one counts."""
     total = plan.like
-    if plan.options.momo and plan.grid.replica == 0:
+    if plan.momo and plan.grid.replica == 0:
         for bucket, x in zip(plan.buckets, xs, strict=True):
             total = total + bucket.inner(x)
     return total
 
 
-def _slopes(plan: Plan, grads: Sequence[Tensors]) -> list[Tensor]:
+def _slopes(plan: Plan, grads: Sequence[Tensors]) -> Tensor:
     """This rank's part of ⟨g, u⟩ and of ‖g‖², over matrices and over vectors; 0 without the slope."""
-    facts = [plan.like] * 4
-    if plan.options.slope and plan.grid.replica == 0:
+    facts = plan.like.new_zeros(2, 2)
+    if plan.slope and plan.grid.replica == 0:
         for bucket, g in zip(plan.moving, grads, strict=False):
-            facts[bucket.part] = facts[bucket.part] + bucket.slope(g)
-            facts[2 + bucket.part] = facts[2 + bucket.part] + bucket.square(g)
-    return facts
+            facts[:, bucket.part] += bucket.slope(g)
+    return facts.flatten()
 
 
 def _references(group: dict[str, Any]) -> list[weakref.ref[Tensor]]:

@@ -158,12 +158,12 @@ class Options:
     @property
     def momo(self) -> bool:
         """Whether a model of the loss bounds the step size."""
-        return is_bounded_by(self.step_size, "momo")
+        return "momo" in self.step_size
 
     @property
     def slope(self) -> bool:
         """Whether the slope along the last step bounds the step size."""
-        return is_bounded_by(self.step_size, "slope")
+        return "slope" in self.step_size
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Options:
@@ -197,11 +197,6 @@ class MethodOptions:
 
 
 LEARNING_RATE = _NOT_NEGATIVE
-
-
-def is_bounded_by(step_size: str, rule: str) -> bool:
-    """Whether a rule, ``momo`` or ``slope``, is a part of what bounds the step size."""
-    return rule in step_size.split("+")
 
 
 def fields(*kinds: type[Any]) -> dict[str, dataclasses.Field[Any]]:

@@ -43,6 +43,10 @@ class Plan:
     """What a step needs to know."""
 
     options: Options
+    momo: bool
+    """Whether a model of the loss bounds the step size."""
+    slope: bool
+    """Whether the slope along the last step does."""
     grid: ProcessGrid
     ranks: int
     """The number of processes."""
@@ -119,6 +123,8 @@ def make_plan(
     scales = [x.scale for x in moving for _ in range(x.units)]
     return Plan(
         options=options,
+        momo=options.momo,
+        slope=options.slope,
         grid=grid,
         ranks=grid.size,
         buckets=buckets,

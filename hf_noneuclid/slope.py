@@ -119,9 +119,9 @@ def advance(
     factor = support * torch.where(peak > 0, seen.lr / peak.clamp(min=tiny), 1)
 
     growth, pursuit = _grow(pace, slopes, tiny), _pursue(pace, slopes / duals.clamp(min=tiny))
-    later = Pace(*(torch.where(pace.is_growing > 0, x, y) for x, y in zip(growth, pursuit, strict=True)))
+    known = torch.where(pace.is_growing > 0, torch.stack(growth), torch.stack(pursuit))
     is_known = (seen.gradient_norms > 0) & ~is_first
-    later = Pace(*(torch.where(is_known, x, y) for x, y in zip(later, pace, strict=True)))
+    later = Pace(*torch.where(is_known, known, torch.stack(pace)))
     # A length that the learning rate bounds does not grow on unseen.
     highest = torch.where(peak > 0, (peak.clamp(min=tiny) / unit).log(), math.inf)
     # Without a gradient there is no unit yet, and the first step is still to come.

@@ -160,7 +160,7 @@ def test_options_may_differ_between_the_parameters_of_one_group():
 
 def make_pair(dtype):
     """The same options, once in groups and once in lists inside one group."""
-    net, optimizer = make(dtype=dtype, loss_lower_bound=0.0)
+    net, optimizer = make(dtype=dtype, step_size="momo")
     twin, _ = make(dtype=dtype)
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     lists = {
@@ -397,7 +397,11 @@ def test_a_cpu_and_an_accelerator_take_the_same_steps(method, dtype, nuclear_nor
         for foreach in (False, True)
     )
     rtol = 1e-9 if dtype == torch.float64 else 2e-3
-    torch.testing.assert_close(other, one, rtol=rtol, atol=rtol / 10)
+    for (_, ours), (_, theirs) in zip(other[1].items(), one[1].items(), strict=True):
+        # The last step is in bfloat16, which may round another way.
+        rounding = 1e-2 if ours.dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=rtol + rounding, atol=rtol / 10 + rounding)
+    torch.testing.assert_close(other[0], one[0], rtol=rtol, atol=rtol / 10)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -469,12 +473,13 @@ def test_a_resumed_run_continues_the_same_trajectory(method, nuclear_norm, dtype
 
 
 def test_state_of_bfloat16_parameters_is_float32_before_and_after_loading():
+    """Except for the last step, which is bfloat16 for all but float64."""
     net, optimizer = make(dtype=torch.bfloat16)
     train(net, optimizer, 2)
     optimizer.load_state_dict(through_disk(optimizer.state_dict()))
     for p in net.parameters():
         for key, value in optimizer.state[p].items():
-            assert value.dtype == torch.float32, key
+            assert value.dtype == (torch.bfloat16 if key == "last_step" else torch.float32), key
 
 
 def test_the_running_loss_and_the_lower_bound_are_in_the_state_dict():
@@ -603,7 +608,7 @@ def test_a_loss_of_many_numbers_is_an_error():
 
 @pytest.mark.parametrize("as_tensor", [True, False])
 def test_a_lower_bound_above_the_first_loss_is_warned_of_once(as_tensor):
-    net, optimizer = make(loss_lower_bound=100.0)
+    net, optimizer = make(step_size="momo", loss_lower_bound=100.0)
     loss = backward(net)
     optimizer.step(loss=loss if as_tensor else loss.item())
     with pytest.warns(UserWarning, match=rf"100.*above the first loss, {loss.item():g}"):

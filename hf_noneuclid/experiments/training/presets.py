@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from hf_noneuclid.experiments.common import option_pairs
 from hf_noneuclid.experiments.training.options import ClassifyArguments
 from hf_noneuclid.methods import FREE_METHOD, METHODS, all_names, canonical_name
-from hf_noneuclid.options import is_bounded_by
 
 ADAM_LEARNING_RATE = 5e-5  # the Trainer's own default, for its own optimizers
 
@@ -51,4 +50,4 @@ def apply_preset(preset: Preset, args: ClassifyArguments) -> None:
 def _finds_bound(method: str, given: Mapping[str, str]) -> bool:
     name = canonical_name(method)
     step_size = given.get("step_size") or ("rate" if name == FREE_METHOD else METHODS[name].step_size)
-    return is_bounded_by(step_size, "momo") and "loss_lower_bound" not in given
+    return "momo" in step_size and "loss_lower_bound" not in given
