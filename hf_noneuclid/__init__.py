@@ -1,8 +1,9 @@
 """Non-Euclidean gradient descent for the Hugging Face Trainer.
 
-Muon, Scion, PolarGrad and MuonMax, each with or without Momo: ``import hf_noneuclid``, then
-``TrainingArguments(optim="muonmax_momo")``. The optimizer itself needs only torch. The algorithm of the
-paper is in ``hf_noneuclid.reference``, in about 100 lines: read it first.
+Muon, Scion, PolarGrad and MuonMax: ``import hf_noneuclid``, then ``TrainingArguments(optim="muonmax_momo")``.
+There is no learning rate to choose: methods named ``_momo`` find their step size (``hf_noneuclid.slope``,
+``hf_noneuclid.momo``), and so do the others with ``step_size=slope``. The optimizer itself needs only torch.
+The algorithm on one device is in ``hf_noneuclid.reference``: read it first.
 
 References:
     M. Crawshaw, C. Modi, M. Liu, R. M. Gower, "An Exploration of Non-Euclidean Gradient Descent: Muon and

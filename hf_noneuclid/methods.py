@@ -1,4 +1,8 @@
-"""The methods of the paper as settings of one rule."""
+"""The methods of the paper as settings of one rule.
+
+A method named ``_momo`` finds its step size by the slope and by Momo. That is more than the paper's Momo,
+which is ``step_size=momo`` with ``loss_lower_bound=0.0`` and ``decay_at=rate``.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method of the paper: descent, product norm, and the norm of the vectors."""
+    """Descent, product norm, the norm of the vectors, and what bounds the step size."""
 
     descent: Descent
     product_norm: ProductNormName
@@ -44,7 +48,7 @@ _PLAIN = {
 }
 
 DEFAULT_STEP_SIZE: StepSizeName = "momo+slope"
-"""Of the methods with Momo."""
+"""Of the methods named ``_momo``. They need no learning rate; one of 1 hardly ever bounds a step."""
 
 METHODS: dict[str, Method] = {
     **_PLAIN,
@@ -53,7 +57,7 @@ METHODS: dict[str, Method] = {
         for name, m in _PLAIN.items()
     },
 }
-"""Every named method. ``muon`` is the paper's MuonAdam."""
+"""Every named method. ``muon`` is the paper's MuonAdam. The plain ones step at the learning rate."""
 
 FREE_METHOD = "noneuclid"
 """The method whose descent, product norm and vector norm are options."""
@@ -183,7 +187,8 @@ def create_optimizer(
     Args:
         model: Any module; the routing knows transformers' models best.
         method: A key of ``METHODS``, an alias, or ``noneuclid``.
-        lr: Learning rate η.
+        lr: Learning rate η. If the slope bounds the step size, as in the methods named ``_momo``, it is only
+            an upper bound of the length of a step; 1 is the convention.
         weight_decay: Decoupled weight decay λ.
         decay_parameters: Names of the parameters that decay; by default all.
         target_modules: Chooses the matrices instead of the routing's rules: names or a regular expression.
@@ -195,7 +200,7 @@ def create_optimizer(
     Example:
         >>> import torch, hf_noneuclid
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
-        >>> optimizer = hf_noneuclid.create_optimizer(model, "muonmax_momo", lr=1e-2)
+        >>> optimizer = hf_noneuclid.create_optimizer(model, "muonmax_momo", lr=1.0)
         >>> loss = model(torch.ones(2, 4)).square().mean()
         >>> loss.backward()
         >>> _ = optimizer.step(loss=loss)

@@ -2,10 +2,20 @@
 
 The model is the average of the linearisations of the losses that were seen, weighted as the momentum
 weights their gradients, and cut off at a lower bound F* of the loss. At the parameters p it lies
-h = f̄ - F* + Σ⟨p, m⟩ above the bound, where f̄ is the running average of f - Σ⟨p, g⟩. A step along the
+h = f̄ + Σ⟨p, m⟩ - F* above the bound, where f̄ is the running average of f - Σ⟨p, g⟩. A step along the
 steepest direction lowers it by τ D (constrained) or τ D² (regularized). A larger step than h / D or h / D²
 would aim at a loss below F*, so the step size is truncated there. If F* is not known, a rule estimates it
 while training.
+
+*What a truncated step promises.* It takes the model down to F*. The next linearisation, of a loss f, has the
+weight 1 - β, so that h is then (1 - β)(f - F*), without weight decay. If all steps are truncated, each but
+the first promises to lower the loss by this much; the first promises f - F*. The learning rate plays no part
+in it, nor does its schedule (except with the rule ``auto``), but the momentum β is a hidden step size.
+
+*Clipping.* A gradient that was multiplied by c belongs to c f, a linearisation with a weight of c times the
+others'. So f̄ averages c f - Σ⟨p, g⟩, the weight C averages c in the same way, and
+h = f̄ + Σ⟨p, m⟩ - C F*. Then a constant factor on all gradients changes no truncated step. Without it, a
+truncated step would be longer by 1 / c.
 
 References:
     F. Schaipp, R. Ohana, M. Eickenberg, A. Defazio, R. M. Gower, "MoMo: Momentum Models for Adaptive
@@ -30,7 +40,7 @@ BOUND_RULES: tuple[str, ...] = get_args(BoundRule)
 
 
 def model_value(running_loss: Tensor, momentum_inner: Tensor) -> Tensor:
-    """H, the loss at the parameters by the average of the linearisations.
+    """H, the loss at the parameters by the average of the linearisations; C H where gradients were clipped.
 
     Args:
         running_loss: f̄, 0-d, in units of the loss.
@@ -176,8 +186,10 @@ class Scheduled(Relative):
     also gives a bound if the mean is not above 0.
 
     A truncated step does not depend on the learning rate, so it would not follow a schedule that decays in
-    order to average out the noise of the gradients. When the schedule has fallen below its peak, the height
-    is multiplied by the same factor. The memory is the mean and the highest learning rate so far.
+    order to average out the noise of the gradients. When the schedule has fallen to the part s of its peak,
+    the height is multiplied by s. What is left of it counts again at the next step, so that steps fall more
+    slowly, to s / (1 - β + β s) of what they would promise otherwise. The memory is the mean and the highest
+    learning rate so far.
 
     Args:
         slack: In units of the loss; the default is meant for nats.

@@ -93,7 +93,12 @@ class Decided(NamedTuple):
 
 
 class NonEuclideanDescent(Optimizer):
-    """Steepest descent in a norm of your choice: Muon, Scion, PolarGrad, MuonMax, with or without Momo.
+    """Steepest descent in a norm of your choice: Muon, Scion, PolarGrad, MuonMax.
+
+    The option ``step_size`` says what bounds a step: the learning rate alone, or also Momo, a model of the
+    loss (``hf_noneuclid.momo``), the slope along the last step (``hf_noneuclid.slope``), or both. With Momo
+    every loss must be known, and by what gradients are multiplied when they are clipped
+    (``observe_clipping``). The slope needs neither. It keeps the last step, in bfloat16.
 
     ``step`` never waits for the device. A step with a NaN or infinite loss or gradient changes nothing and
     is counted (``diagnostics``). On several ranks (DDP, FSDP2, HSDP, DeepSpeed ZeRO, found at the first
@@ -103,7 +108,8 @@ class NonEuclideanDescent(Optimizer):
         params: Parameters, or groups of them, ``{"params": [...], "norm": ...}``. A group may set the
             options of ``hf_noneuclid.options.ParameterOptions``, each as one value or as a list with an entry
             for each parameter. Named parameters are accepted.
-        lr: Learning rate η, one for all groups.
+        lr: Learning rate η, one for all groups. With the slope it is only the largest length of a step, and
+            1 is the convention; its schedule multiplies the length from its peak on.
         **options: ``descent`` and ``product_norm``, and any other option of ``hf_noneuclid.options.Options``;
             ``help(Options)`` lists them with their ranges and defaults.
 
@@ -117,7 +123,7 @@ class NonEuclideanDescent(Optimizer):
         >>> vectors = [p for p in model.parameters() if p.ndim == 1]
         >>> optimizer = NonEuclideanDescent(
         ...     [{"params": matrices, "norm": "spectral"}, {"params": vectors, "norm": "ada_l2"}],
-        ...     lr=1e-2, descent="regularized", product_norm="hybrid", momo=True,
+        ...     lr=1.0, descent="regularized", product_norm="hybrid", step_size="momo+slope",
         ... )
         >>> loss = model(torch.ones(2, 4)).square().mean()
         >>> loss.backward()
@@ -125,7 +131,8 @@ class NonEuclideanDescent(Optimizer):
 
     References:
         M. Crawshaw, C. Modi, M. Liu, R. M. Gower, "An Exploration of Non-Euclidean Gradient Descent: Muon
-        and its Many Variants", arXiv 2510.09827, 2025.
+        and its Many Variants", arXiv 2510.09827, 2025. Its method has ``step_size="momo"`` or ``"rate"``, a
+        number as ``loss_lower_bound``, and ``decay_at="rate"``.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, **options: Any) -> None:

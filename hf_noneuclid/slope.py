@@ -12,11 +12,36 @@ length is kept. From then on the step size follows the slope towards its target,
 corrections (*pursuit*). Matrices and vectors have a step size each: what is right for the one is often far
 too long or too short for the other.
 
-The rule needs no loss and no learning rate. A constant factor on all gradients changes no step. The learning
-rate is an upper bound, and its schedule multiplies the step size from its peak on.
+The rule needs no loss and no learning rate. A constant factor on all gradients changes no step, except
+through the adaptive ℓ2 norm, whose directions themselves depend on the size of the gradients. The learning
+rate is an upper bound of the length, and its schedule multiplies the length from its peak on: a warm-up only
+bounds it.
 
-It rests on experience, not on a theorem: see recipes/results for the tasks on which it was chosen, and for
-those on which it was only tested.
+*What it rests on.* Experience, not a theorem: it was chosen on the tasks of the suite ``step_size_dev``, and
+``step_size_test`` has others. A slope near 0 says that steps are long enough, and only early in a run whether
+they are too long. Where a gradient is mostly noise, as with very small batches, it says little at all. After
+a change of the data, steps become too long before they come back. A failure looks like this in the log: the
+step size grows while the loss jumps or stalls, or it stays tiny while the loss falls slowly.
+
+*What it costs.* The last step per unit of its length is kept, 2 bytes a parameter in bfloat16 (8 in float64),
+laid out and sharded as the momentum is. Every step reads it once and writes it once, and reads the gradients
+twice more, for a and for ‖g‖. The ranks add four numbers to a sum that they take anyway.
+
+*How it differs.* Hypergradient descent, too, moves the step size by the inner product of a gradient with the
+last step, but at a rate that has to be chosen for the size of the gradients. Here the inner product is a part
+of the dual norm D, so that it means the same for every model; growth compares it with its own largest value;
+and there are two step sizes. D-Adaptation and Prodigy estimate the distance from the start x_0 to a solution
+from below. Distance-Aware Muon takes the radius that was explored so far, a certificate of the descent, or
+one of the distance and a search. Here is no x_0, no distance and no radius, and in return no guarantee.
+
+References:
+    A. G. Baydin, R. Cornish, D. Martínez Rubio, M. Schmidt, F. Wood, "Online Learning Rate Adaptation with
+    Hypergradient Descent", arXiv 1703.04782, 2017.
+    A. Defazio, K. Mishchenko, "Learning-Rate-Free Learning by D-Adaptation", arXiv 2301.07733, 2023.
+    K. Mishchenko, A. Defazio, "Prodigy: An Expeditiously Adaptive Parameter-Free Learner", arXiv 2306.06101,
+    2023.
+    Y. Demidovich, A. Chakraborty, G. Malinovsky, P. Richtárik, A. Nedić, "Distance-Aware Muon: Adaptive Step
+    Scaling for Normalized Optimization", arXiv 2605.18999, 2026.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 ``register`` adds the methods to the Trainer's registry of optimizers, and a callback that does nothing until
 a Trainer trains with one of them. Only if its step size needs Momo are accelerators observed, all of them
 (``observation``). ``NonEuclidTrainerMixin`` does the same for one Trainer and its own accelerator.
+
+Nobody need choose a learning rate: the Trainer's default, made for Adam, is replaced by 1 where it is only an
+upper bound of the step size. The log says when it bounds steps after all.
 """
 
 from __future__ import annotations
@@ -258,7 +261,7 @@ class NonEuclidTrainerMixin(_MixedInto):
 
     It stands before the class of the Trainer: ``class MyTrainer(NonEuclidTrainerMixin, SFTTrainer)``. If
     ``args.optim`` names one of our methods, this method is used, with ``args.optim_args``; otherwise the
-    two attributes below are used.
+    two attributes below are used. The accelerator is observed only if the step size needs Momo.
 
     Attributes:
         method: Name of the method.

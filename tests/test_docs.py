@@ -199,7 +199,12 @@ OPTIONS = {
     name.strip("`"): (values, default.strip("`")) for name, values, default, _ in table("README.md", "option")
 }
 REQUIRED = [name for name, (_, default) in OPTIONS.items() if default == "required"]
-CHOICES = {"descent": "regularized", "product_norm": "hybrid", "vector_norm": "ada_l2", "step_size": "momo"}
+CHOICES = {
+    "descent": "regularized",
+    "product_norm": "hybrid",
+    "vector_norm": "ada_l2",
+    "step_size": "momo+slope",  # it takes the options of both rules
+}
 SAMPLES = {  # values that a range holds, and values that it does not
     "[0, 1)": (["0", "0.99"], ["1", "-0.1"]),
     "> 0": (["1e-3", "1000"], ["0", "-1"]),
@@ -212,7 +217,7 @@ SAMPLES = {  # values that a range holds, and values that it does not
 def samples(values):
     if values in SAMPLES:
         return SAMPLES[values]
-    names = re.findall(r"`(\w+)`", values)
+    names = re.findall(r"`([\w+]+)`", values)
     return [*names, *(["-1.5"] if values.startswith("number") else [])], ["nothing"]
 
 

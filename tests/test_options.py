@@ -177,6 +177,10 @@ def test_the_constructor_shows_every_option_as_a_keyword():
         assert parameters[name].default == expected
 
 
+ALL_OPTIONS = method_options("noneuclid", "momo+slope")
+"""Of every method and both rules of the step size."""
+
+
 def readme_rows():
     """The table of options in README: name to (values, default, meaning)."""
     lines = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
@@ -191,10 +195,10 @@ def readme_rows():
 
 
 def test_readme_has_a_row_for_every_option_of_a_method_and_no_other():
-    assert sorted(readme_rows()) == sorted(method_options("noneuclid"))
+    assert sorted(readme_rows()) == sorted(ALL_OPTIONS)
 
 
-@pytest.mark.parametrize("name", method_options("noneuclid"))
+@pytest.mark.parametrize("name", ALL_OPTIONS)
 def test_readme_says_what_an_option_takes_and_what_it_is_by_default(name):
     (kind,) = [kind for kind in (Options, MethodOptions) if name in fields(kind)]
     values, default, meaning = readme_rows()[name]
@@ -202,10 +206,16 @@ def test_readme_says_what_an_option_takes_and_what_it_is_by_default(name):
     assert all(f"`{choice}`" in values for choice in names_of(hint))
     assert ("integer" in values) == (hint is int)
     assert meaning
-    if name == "loss_lower_bound":  # that of the methods, not of the bare optimizer
-        assert default == "`auto`"
-        assert create_optimizer(torch.nn.Linear(2, 2), lr=0.1).param_groups[0][name] == "auto"
-    elif fields(kind)[name].default is MISSING:
+    if fields(kind)[name].default is MISSING:
         assert default == "required"
     else:
         assert rule.parse(default.strip("`")) == fields(kind)[name].default
+
+
+def test_a_method_with_momo_has_the_defaults_of_readme():
+    group = create_optimizer(torch.nn.Linear(2, 2), "muonmax_momo", lr=1.0).param_groups[0]
+    rows = readme_rows()
+    assert f"`{group['step_size']}`" in rows.pop("step_size")[2]
+    for name, (_, default, _) in rows.items():
+        if name in fields(Options) and default != "required":
+            assert group[name] == rule_of(Options, name).parse(default.strip("`")), name
