@@ -442,7 +442,7 @@ class NonEuclideanDescent(Optimizer):
     def _report(self, plan: Plan, lr: float, checked: Checked, dual: DualNorms, decided: Decided) -> None:
         record = StepRecord(
             lr=lr,
-            step_sizes=decided.step_size.tau,
+            step_sizes=torch.where(decided.ok, decided.step_size.tau, 0),
             truncated=decided.step_size.is_truncated,
             limited=decided.step_size.is_limited,
             dual_norm=decided.dual,

@@ -24,6 +24,7 @@ from network import (
     LOWER_BOUND,
     METHODS,
     RANKS,
+    SLOPE,
     STEPS,
     learning_rate,
     make_model,
@@ -140,6 +141,7 @@ class SaveOnce(TrainerCallback):
 def run(engine, folder):
     seen = {method: train(engine, folder / method, method, save=method in MOMO) for method in METHODS}
     seen["stale"] = train(engine, folder / "stale", "muonmax_momo", save=True, **STALE)
+    seen["slope"] = train(engine, folder / "slope", "muonmax_momo", save=True, **SLOPE)
     seen["bf16"] = train(engine, folder / "x", "muonmax_momo", bf16=True)
     for trainer_class in (Scaled, Huge):
         name = trainer_class.__name__
@@ -164,6 +166,7 @@ def alone(engine, folder):
 def resume(engine, folder):
     seen = {m: train(engine, folder / "x", m, resume=checkpoint(folder, m)) for m in MOMO}
     seen["stale"] = train(engine, folder / "x", "muonmax_momo", resume=checkpoint(folder, "stale"), **STALE)
+    seen["slope"] = train(engine, folder / "x", "muonmax_momo", resume=checkpoint(folder, "slope"), **SLOPE)
     seen["killed"] = train(engine, folder / "x", "muonmax_momo", resume=checkpoint(folder, "killed"))
     if not engine.startswith("zero"):
         seen["from_one"] = train(

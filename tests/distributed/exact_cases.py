@@ -36,6 +36,8 @@ class Case(NamedTuple):
     lower_bound: float | str = LOWER_BOUND
     step_size: str | None = None
     """By default Momo or the rate, as the method's name says."""
+    rate: float | None = None
+    """By default the method's in ``LEARNING_RATES``."""
 
     @property
     def bad_gradient(self):
@@ -74,6 +76,7 @@ CASES = [
     Case("muonmax", "frobenius", scale=HUGE),
     *(Case("muonmax_momo", lower_bound=rule, starts_badly=x) for rule in BOUND_RULES for x in (False, True)),
     *(Case(method, nuclear, step_size="slope") for method in SLOPED for nuclear in ("exact", "stale")),
+    *(Case(method, step_size="slope", rate=rate) for method in SLOPED for rate in (1.0, 4.0)),
     *(Case("muonmax", step_size="momo+slope", starts_badly=x) for x in (False, True)),
     *(Case("scion", step_size="slope", model=model) for model in ("one", "none")),
     *(Case(method, "stale", model=model) for method in METHODS for model in ("one", "none")),
@@ -189,7 +192,7 @@ def make_optimizer(case, model, merged):
         **({"first_step": FIRST_STEP} if "slope" in case.bounded_by else {}),
     }
     name = case.method.removesuffix("_momo")
-    lr = LEARNING_RATES[name] * FEWER[case.model] ** (1 if name in ("muon", "scion") else 2)
+    lr = case.rate or LEARNING_RATES[name] * FEWER[case.model] ** (1 if name in ("muon", "scion") else 2)
     decay = {"weight_decay": 2.0, "decay_parameters": ["up.weight", "experts.down_proj", "norm.weight"]}
     if not merged:
         return create_optimizer(model, case.method, lr=lr, **decay, **options)

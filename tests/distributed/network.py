@@ -26,8 +26,11 @@ def options_of(method):
     Newton-Schulz: Polar Express lifts singular values of 1e-3 to 1, and their rounding errors with them, so
     that 20 steps of this tiny model on the same batches in another order end 1e-4 apart.
     """
-    bound = {"loss_lower_bound": LOWER_BOUND} if method.endswith("momo") else {}
+    bound = {"step_size": "momo", "loss_lower_bound": LOWER_BOUND} if method.endswith("momo") else {}
     return {"polar_method": "newton_schulz", **bound}
+
+
+SLOPE = {"step_size": "momo+slope", "loss_lower_bound": 0.0, "first_step": 1e-3}
 
 
 class Experts(nn.Module):
@@ -113,10 +116,11 @@ def flat(state):
     return {name.removeprefix("module."): x.detach().float().cpu().clone() for name, x in state}
 
 
-def train_alone(method, steps=STEPS):
+def train_alone(method, steps=STEPS, **options):
     """The same global batches in one process: parameters at the end, and τ of every step."""
     model, data, taken = make_model(), rows(), []
-    optimizer = hf_noneuclid.create_optimizer(model, method, lr=learning_rate(method), **options_of(method))
+    options = {**options_of(method), **options}
+    optimizer = hf_noneuclid.create_optimizer(model, method, lr=learning_rate(method), **options)
     size = ACCUMULATION * RANKS * BATCH
     for step in range(steps):
         batch = data[step * size : (step + 1) * size]

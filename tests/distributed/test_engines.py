@@ -8,13 +8,13 @@ import pytest
 import torch
 from engines import ENGINES
 from launching import torchrun
-from network import METHODS, RANKS, STEPS, distance, learning_rate, relative, train_alone
+from network import METHODS, RANKS, SLOPE, STEPS, distance, learning_rate, relative, train_alone
 
 pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 MOMO = [method for method in METHODS if method.endswith("momo")]
-RESUMED = [*MOMO, "stale"]
+RESUMED = [*MOMO, "stale", "slope"]
 ENGINE_TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero": "DEEPSPEED"}
 
 
@@ -63,6 +63,15 @@ def test_two_ranks_train_like_one_process(ran, method):
     for seen in ran:
         assert distance(seen[method]["parameters"], alone(method)["parameters"]) < 1e-4
         assert relative(seen[method]["step_size"], alone(method)["step_sizes"]) < 2e-5
+
+
+def test_the_slope_chooses_the_steps_of_one_process(ran):
+    """The last step is in bfloat16, and may round another way."""
+    expected = train_alone("muonmax_momo", **SLOPE)
+    for seen in ran:
+        assert distance(seen["slope"]["parameters"], expected["parameters"]) < 1e-3
+        assert relative(seen["slope"]["step_size"], expected["step_sizes"]) < 1e-3
+    assert same(ran[0]["slope"], ran[1]["slope"])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_cases import BROKEN, CASES, STEPS, make_model
+from exact_cases import BROKEN, CASES, SLOPED, STEPS, Case, make_model
 from exact_engines import Replicated
 from exact_run import run
 from launching import torchrun
@@ -116,6 +116,16 @@ def test_every_rank_ends_with_the_same_bits(ranks):
             for one, two in zip(first[case]["diagnostics"], other[case]["diagnostics"], strict=True):
                 for key in ("step_size", "vector_step_size", "dual_norm", "nuclear_norms", "bad_steps"):
                     assert one.get(key) == two.get(key), (case, key)
+
+
+def test_below_the_learning_rate_no_bit_depends_on_it(ranks):
+    """With weight decay, too."""
+    for seen in ranks:
+        for method in SLOPED:
+            one, other = (seen[Case(method, step_size="slope", rate=rate)] for rate in (1.0, 4.0))
+            assert one["diagnostics"][-1]["limited_steps"] == 0
+            for name, x in one["parameters"].items():
+                assert torch.equal(x, other["parameters"][name]), (method, name)
 
 
 def test_what_is_nan_on_one_rank_changes_nothing_on_any(ranks):
