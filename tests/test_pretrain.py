@@ -516,6 +516,24 @@ def test_the_command_line_overrides_the_yaml_file_which_overrides_the_defaults(t
         assert args.seed == args.data_seed == 42
 
 
+@pytest.mark.parametrize(
+    ("flags", "rate"),
+    [
+        ([], 1.0),
+        (["--optim=momo-muon", "--optim_args=step_size=momo"], 1.0),
+        (["--optim=muon", "--optim_args=step_size=slope"], 1.0),
+        (["--optim_args=step_size=rate"], 1e-2),
+        (["--optim=muon"], 1e-2),
+        (["--optim=adamw_torch"], 1e-2),
+        (["--learning_rate=0.5"], 0.5),
+    ],
+)
+def test_a_learning_rate_that_nobody_gives_is_1_where_it_only_bounds_the_steps(flags, rate):
+    assert parsed(*flags)[2].learning_rate == rate
+    _, digits_args = parse(["--use_cpu=true", *flags], ARGUMENT_TYPES["digits"])
+    assert digits_args.learning_rate == rate
+
+
 def test_lists_in_the_yaml_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("train_files: [a.txt, b.txt]\noptim_target_modules: [c_attn, c_fc]\n")
@@ -529,7 +547,7 @@ def test_the_example_of_the_default_run_is_the_default_run():
     written = parse(["--config", str(RECIPES / "configs" / "bible.yaml")], ARGUMENT_TYPES["pretrain"])
     for given, default in zip(written, parse([], ARGUMENT_TYPES["pretrain"]), strict=True):
         differing = {key for key, value in vars(given).items() if value != vars(default)[key]}
-        assert differing <= {"optim_args", "global_batch_size", "lr_scheduler_kwargs", "distributed_state"}
+        assert differing <= {"global_batch_size", "lr_scheduler_kwargs", "distributed_state"}
 
 
 def test_every_example_parses_for_the_devices_it_names():
