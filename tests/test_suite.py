@@ -372,8 +372,7 @@ def test_what_does_not_exist_is_refused_in_words(tmp_path, changes, message):
 def test_an_unknown_suite_names_the_known_ones():
     with pytest.raises(
         InputError,
-        match="unknown suite 'maxi': give one of batch_size, finetune_mini, gpu, "
-        "lower_bound, lower_bound_finetune, mini",
+        match="unknown suite 'maxi': give one of batch_size, finetune_mini, gpu, mini",
     ):
         load_suite("maxi")
 

@@ -629,8 +629,9 @@ def test_bad_input_ends_in_words_before_a_run_starts(tmp_path, capsys):
 
 def test_a_suite_that_starts_from_the_default_model_needs_it_first(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, recipe="classify", options={"use_cpu": True, "max_steps": 2})
     with pytest.raises(SystemExit) as caught:
-        sweep.main(["--suite=lower_bound_finetune"])
+        sweep.main([f"--suite={path}"])
     assert caught.value.code == 2
     assert "outputs/pretrain, which is not there: run recipes/pretrain.py first" in capsys.readouterr().err
     assert not list(tmp_path.glob("outputs/*/runs"))

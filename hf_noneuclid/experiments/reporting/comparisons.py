@@ -1,4 +1,4 @@
-"""The sections of the report that compare methods: the paper, the variants, lower bounds.
+"""The sections of the report that compare methods: the paper, the variants.
 
 All their numbers come from the curves that results.json holds.
 """
@@ -9,11 +9,10 @@ from typing import Any
 
 from hf_noneuclid.experiments.common import InputError, markdown_table
 from hf_noneuclid.experiments.reporting import measures
-from hf_noneuclid.experiments.reporting.curves import Curve, Point, best_of_each, by_setting, with_lower_bound
+from hf_noneuclid.experiments.reporting.curves import Curve, Point, best_of_each, by_setting
 from hf_noneuclid.experiments.reporting.tables import band, loss, per_setting, rate
 
 VARIANT_OPTIONS = ("descent", "product_norm", "vector_norm", "step_size")
-FACTORS = (1, 10, 30)  # times the best learning rate of the method, for lower bounds
 
 
 def paper_section(settings: Mapping[str, Any], curves: Sequence[Curve]) -> str:
@@ -70,8 +69,8 @@ def is_variant(curve: Curve) -> bool:
 
 
 def variant_of(curve: Curve) -> tuple[str, ...]:
-    """The descent, product norm, vector norm and Momo of a variant."""
-    return tuple(str(curve.method_options[name]).lower() for name in VARIANT_OPTIONS)
+    """The descent, product norm, vector norm and step size of a variant."""
+    return tuple(str(curve.method_options[name]) for name in VARIANT_OPTIONS)
 
 
 def variants_section(curves: Sequence[Curve]) -> str:
@@ -81,7 +80,7 @@ def variants_section(curves: Sequence[Curve]) -> str:
         return ""
 
     def table(members: Sequence[Curve]) -> str:
-        head = [name.replace("_", " ") for name in VARIANT_OPTIONS[:-1]] + ["Momo"]
+        head = [name.replace("_", " ") for name in VARIANT_OPTIONS]
         head += ["best loss", "at", "regret at the highest rate"]
         rows = []
         for curve in sorted(members, key=lambda curve: curve.best_loss):
@@ -93,45 +92,3 @@ def variants_section(curves: Sequence[Curve]) -> str:
     groups = by_setting(chosen)
     count = max(map(len, groups.values()))
     return f"## The {count} variants, lowest loss first\n\n{per_setting(groups, table)}"
-
-
-def lower_bound_section(curves: Sequence[Curve]) -> str:
-    """The final loss under each lower bound at the same learning rates: the method's best, and above it."""
-    groups = by_setting(with_lower_bound(curves))
-    tables = per_setting(groups, _bounds_table)
-    if not tables:
-        return ""
-    here = " in the same setting" * (len(groups) > 1)
-    text = (
-        "F* is the lower bound of the loss: a number, or a rule with its fraction. The best learning rate of "
-        f"a method is that of its lowest loss under any bound{here}. All bounds of a method are compared at "
-        f"the same learning rates. In brackets: excess over the best of the same method{here}. -: not in the "
-        "grid, or no run has ended."
-    )
-    return f"## Which lower bound\n\n{text}\n\n{tables}"
-
-
-def _bounds_table(curves: Sequence[Curve]) -> str:
-    bases: dict[str, Point] = {}
-    for curve in sorted(curves, key=lambda curve: curve.best_loss):
-        if curve.best:
-            bases.setdefault(curve.method, curve.best)
-    head = ["method", "F*", "own best", "at the best learning rate"]
-    head += [f"at {factor} times it" for factor in FACTORS[1:]]
-    rows = []
-    for curve in curves:
-        if (base := bases.get(curve.method)) is not None:
-            own = _compared(curve.best, base) + (f" at {_at(curve.best)}" if curve.best else "")
-            places = [measures.nearest(curve.rates, factor * base.learning_rate) for factor in FACTORS]
-            points = (None if place is None else curve.points[place] for place in places)
-            rows.append([curve.method, curve.bound, own, *(_compared(point, base) for point in points)])
-    methods = (method for method in dict.fromkeys(curve.method for curve in curves) if method in bases)
-    bests = "; ".join(f"{method} {loss(bases[method].loss)} at {_at(bases[method])}" for method in methods)
-    return f"Best under any bound: {bests}.\n\n{markdown_table(head, rows)}" if rows else ""
-
-
-def _compared(point: Point | None, base: Point) -> str:
-    if point is None or point.loss is None or base.loss is None:
-        return "-"
-    excess = f"{100 * (point.loss - base.loss) / abs(base.loss):+.2f} %" if base.loss else "-"
-    return "diverged" if point.diverged else f"{loss(point.loss)} ({excess})"

@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_noneuclid.experiments.common import markdown_table
-from hf_noneuclid.experiments.reporting.comparisons import (
-    lower_bound_section,
-    paper_section,
-    variants_section,
-)
+from hf_noneuclid.experiments.reporting.comparisons import paper_section, variants_section
 from hf_noneuclid.experiments.reporting.curves import Curve
 from hf_noneuclid.experiments.reporting.summary import STATES
 from hf_noneuclid.experiments.reporting.tables import band, loss, number, per_setting, rate
@@ -23,8 +19,8 @@ Numbers = Mapping[str, Any]
 CAPTIONS = {
     "final_loss.png": "Final validation loss against learning rate: mean over seeds, with a band from the "
     "lowest to the highest seed. Solid with Momo, dashed without. Marks above the top edge: crosses where a "
-    "seed diverged, triangles where the loss is too high for the figure. If the suite compares lower bounds "
-    "F*, there is a panel for each method and a line for each bound.",
+    "seed diverged, triangles where the loss is too high for the figure. If options of the methods vary, "
+    "there is a panel for each choice.",
     "training.png": "Training and evaluation loss of each method with its best options, at its best learning "
     "rate, mean over seeds.",
     "step_size.png": "Step size τ (solid) and scheduled learning rate η (dashed) of the first seed, for each "
@@ -41,7 +37,6 @@ def markdown(summary: Numbers, curves: Sequence[Curve], figures: Sequence[str]) 
         paper_section(summary["suite"]["report"], curves),
         f"## Best final loss\n\n{_per_setting(summary, _best_table)}",
         _basin_section(summary),
-        lower_bound_section(curves),
         variants_section(curves),
         f"## Final loss at each learning rate\n\n{_per_setting(summary, _losses)}",
         _target_section(summary),
