@@ -46,7 +46,7 @@ from transformers import (
 )
 
 from hf_noneuclid.experiments.sweeping.commands import as_arguments, recipe_flags
-from hf_noneuclid.experiments.sweeping.suite import load_suite
+from hf_noneuclid.experiments.sweeping.suite import load_suites
 from hf_noneuclid.experiments.training import causal, default_run, embedded, presets
 from hf_noneuclid.experiments.training.adapters import add_adapters
 from hf_noneuclid.experiments.training.arguments import (
@@ -1011,7 +1011,7 @@ def test_the_example_is_the_default_run():
 
 
 def test_every_run_of_the_suite_has_flags_that_exist():
-    suite = load_suite(RECIPES / "suites" / "finetune_mini.yaml")
+    (suite,) = load_suites(RECIPES / "suites" / "finetune_mini.yaml")
     assert {run.options["lora_rank"] for run in suite.runs()} == {0, 8}
     for run in suite.runs():
         flags = as_arguments(recipe_flags(suite, run, processes=1))

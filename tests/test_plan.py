@@ -172,10 +172,12 @@ def test_it_counts_what_the_exchanges_of_all_ranks_send(engine):
             exchange.scatter([torch.zeros(block.shape) for block in exchange.owned])
             owned += sum(prod(block.shape) for block in exchange.owned)
         assert costs.owned[place] == owned
-        predicted = {name: int(by_rank[place]) for name, by_rank in costs.sent_by_collective().items()}
-        assert predicted.pop("all_reduce") > 0
-        assert predicted == {name: grid.sent[name] for name in predicted}
-        assert sum(predicted.values()) > 0
+        sent = {name: int(by_rank[place]) for name, by_rank in costs.sent_bytes().items()}
+        assert grid.sent["all_to_all"] == sent["momentum"] + sent["directions"]
+        assert grid.sent["all_gather"] + grid.sent["broadcast"] == sent["replicas"]
+        assert grid.sent["broadcast"] == costs.broadcast[place]
+        assert sum(grid.sent.values()) > 0
+        assert sent["scalars"] > 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -24,7 +24,7 @@ from hf_noneuclid.experiments.sweeping import execution
 from hf_noneuclid.experiments.sweeping.commands import Launch
 from hf_noneuclid.experiments.sweeping.execution import Executor, can_resume, check_folder, run_folder
 from hf_noneuclid.experiments.sweeping.study import open_study, results, suite_of
-from hf_noneuclid.experiments.sweeping.suite import Result, load_suite
+from hf_noneuclid.experiments.sweeping.suite import Result, load_suites
 from hf_noneuclid.experiments.sweeping.trial_queue import TrialQueue, run_worker
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,11 @@ TINY = {
     },
     "grid": [{"method": ["muon", "muon_momo"], "learning_rate": [1e-3, 1e-2, 1e-1]}],
 }
+
+
+def load_suite(*arguments):
+    (suite,) = load_suites(*arguments)
+    return suite
 
 
 @pytest.fixture

@@ -27,13 +27,11 @@ from hf_noneuclid.experiments.costs.engines import (
     widths,
 )
 from hf_noneuclid.groups import parameter_names
-from hf_noneuclid.momo import lower_bound
 from hf_noneuclid.norms import ADAPTIVE_NORMS
 from hf_noneuclid.options import Options
 from hf_noneuclid.parameters import LocalParameter, make_parameters
-from hf_noneuclid.plan import bucket_matrices, polar_batch_bytes, polar_batches
+from hf_noneuclid.plan import bucket_matrices, first_memory, polar_batch_bytes, polar_batches
 from hf_noneuclid.polar import compute_dtype, polar_flops
-from hf_noneuclid.slope import INITIAL_PACE
 
 STATE_BYTES = 4  # momentum, second moment and scalars are float32, whatever the weights are
 LAST_STEP_BYTES = narrow_dtype(torch.float32).itemsize
@@ -172,20 +170,9 @@ class Costs:
     def state_bytes(self) -> Array:
         """The optimizer's state."""
         options = self.shapes.options
-        rule = lower_bound(
-            options.loss_lower_bound,
-            options.lower_bound_fraction,
-            options.lower_bound_horizon,
-            options.lower_bound_slack,
-            alone=not options.slope,
-        )
-        scalars = 1  # the step
-        if options.momo:  # the running loss, its weight, what the bound remembers
-            scalars += 2 + len(rule.initial)
-        if options.slope:
-            scalars += sum(map(len, INITIAL_PACE))
-        if options.nuclear_norm == "stale":
-            scalars += units(self.shapes.matrices)
+        stale = units(self.shapes.matrices) if options.nuclear_norm == "stale" else 0
+        of_step_size = sum(x.numel() for x in first_memory(options, torch.zeros(())).values())
+        scalars = 1 + of_step_size + stale  # 1 is the step
         last_step = LAST_STEP_BYTES * self.flat * options.slope
         return STATE_BYTES * (self.flat + self.second_moment + scalars) + last_step
 
@@ -217,16 +204,6 @@ class Costs:
             "directions": self.direction_bytes * self.directions,
             "replicas": self.direction_bytes * self.gathered + self.broadcast,
             "scalars": np.full(self.grid, reduced),
-        }
-
-    def sent_by_collective(self) -> dict[str, Array]:
-        """What each rank sends in a step, as the optimizer's ``diagnostics()["bytes_sent"]`` counts it."""
-        sent = self.sent_bytes()
-        return {
-            "all_to_all": sent["momentum"] + sent["directions"],
-            "all_gather": self.direction_bytes * self.gathered,
-            "broadcast": self.broadcast,
-            "all_reduce": sent["scalars"],
         }
 
 

@@ -68,7 +68,7 @@ class RecipeArguments(TrainingArguments):
         if self.peer:
             self.optim = "adamw_torch"  # so that no method of ours is prepared
         if self.learning_rate is None:
-            ours = default_learning_rate(self.step_size) if self.is_ours else None
+            ours = default_learning_rate(self.step_size or "rate")
             self.learning_rate = self.plain_learning_rate if ours is None else ours
         super().__post_init__()
         if self.max_steps > 0:  # Schedule-Free reads the warm-up as a number of steps
@@ -107,14 +107,10 @@ class RecipeArguments(TrainingArguments):
         return self.peer or str(getattr(self.optim, "value", self.optim))
 
     @property
-    def is_ours(self) -> bool:
-        """Whether the method is one of this package."""
-        return self.method in all_names()
-
-    @property
-    def step_size(self) -> str:
-        """What bounds the step size of a method of this package."""
-        return step_size_of(self.method, common.option_pairs(self.optim_args))
+    def step_size(self) -> str | None:
+        """What bounds the step size; None for an optimizer that is not of this package."""
+        given = common.option_pairs(self.optim_args)
+        return step_size_of(self.method, given) if self.method in all_names() else None
 
     @property
     def sequences_per_step(self) -> int:

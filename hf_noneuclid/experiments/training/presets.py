@@ -32,8 +32,8 @@ CLASSIFIER = Preset(1e-3)
 def apply_preset(preset: Preset, args: ClassifyArguments) -> None:
     """Fills in the learning rate and the method's options that are not given, and prints the options."""
     if args.learning_rate is None:
-        args.learning_rate = preset.learning_rate if args.is_ours else ADAM_LEARNING_RATE
-    if not args.preset or not args.is_ours or is_bounded_by(args.step_size, "slope"):
+        args.learning_rate = preset.learning_rate if args.step_size else ADAM_LEARNING_RATE
+    if not args.preset or args.step_size is None or is_bounded_by(args.step_size, "slope"):
         return
     given = option_pairs(args.optim_args)
     if missing := [f"{name}={value}" for name, value in preset.options.items() if name not in given]:
