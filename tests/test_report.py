@@ -190,6 +190,29 @@ def test_a_best_learning_rate_at_an_end_is_marked_and_what_is_missing_is_said(tm
     assert table_of((tmp_path / "report.md").read_text(encoding="utf-8"), "muon")[0]["tuned"].endswith("*")
 
 
+def test_tasks_and_columns_without_a_run_are_reported_and_refused_tasks_left_out(tmp_path, capsys):
+    """A task that the sweep refused has a study, and no suite in it."""
+    (begun, found), (waiting, _) = task("begun", 1, {}), task("waiting", 0, {})
+    store(tmp_path / "begun", begun, [result for result in found if result.run.method != "adamw_torch"])
+    store(tmp_path / "waiting", waiting, [])
+    open_study(default_storage(tmp_path / "refused"), "tiny/refused", suite=waiting)
+    command.main([f"--study={tmp_path}"])
+    assert "left out: study tiny/refused holds no suite" in capsys.readouterr().err
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    rows = table_of(text, "muon")
+    assert [row["task"] for row in rows] == ["waiting", "begun"]
+    assert {rows[0][name] for name in ("tuned", "rule", "AdamW")} == {rows[1]["AdamW"]} == {"-"}
+    counts = table_of(text, "muon", skip=1)[0]
+    assert (counts["within 1 % of tuned"], counts["ahead of AdamW"]) == ("1", "-")
+    assert table_of(text, "What was run")[0]["parameters"] == "-"
+
+
+def test_tasks_without_any_result_are_an_error(tmp_path):
+    with pytest.raises(InputError, match="no run has ended yet"):
+        report_tasks([(task("one", 0, {})[0], [])], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
 def test_a_report_of_tasks_is_written_again_from_its_results(tmp_path, capsys):
     commit = {"commit": {"id": "0123abc", "clean": True}}
     suite, results = task("one", 0, {"muon": 4.0, "scion": INF})

@@ -71,10 +71,15 @@ class Curve:
         return ", ".join([self.method, *option_words(self.method_options)])
 
     @property
-    def momo(self) -> bool:
-        """Whether Momo chooses the step size."""
+    def step_size(self) -> str:
+        """What bounds the step size, as far as the name and the options tell."""
         named = self.method.endswith("_momo") or self.method.startswith("momo_")
-        return is_bounded_by(str(self.method_options.get("step_size", "momo" if named else "rate")), "momo")
+        return str(self.method_options.get("step_size", "momo" if named else "rate"))
+
+    @property
+    def momo(self) -> bool:
+        """Whether Momo bounds the step size."""
+        return is_bounded_by(self.step_size, "momo")
 
     @property
     def family(self) -> str:

@@ -155,10 +155,10 @@ def _best_runs(curve: Curve) -> Sequence[Any]:
 def step_size(curves: Sequence[Curve]) -> Figure | None:
     """τ and η over time, with a column for each of some learning rates.
 
-    There is a row for each setting and method with Momo, with its best options.
+    There is a row for each setting and method with Momo or the slope, with its best options.
     """
     best = [curve for members in by_setting(curves).values() for curve in best_of_each(members)]
-    rows = [(curve, points) for curve in best if curve.momo and (points := _spread(curve))]
+    rows = [(curve, points) for curve in best if curve.step_size != "rate" and (points := _spread(curve))]
     if not rows:
         return None
     columns = max(len(points) for _, points in rows)

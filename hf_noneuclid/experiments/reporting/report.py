@@ -1,7 +1,7 @@
 """Writing a report: report.md, results.json and the figures."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,7 @@ def report(suite: Suite, found: Sequence[Result], folder: Path) -> Path:
     Raises:
         InputError: No run has ended, or the folder cannot be written to.
     """
-    ended = any(result.state in FINISHED for result in found)
-    require(ended, f"suite {suite.name}: no run has ended yet; start or continue noneuclid sweep first")
+    _require_results(suite.name, found)
     return _write(folder, *summarise(suite, found))
 
 
@@ -51,9 +50,15 @@ def report_again(results_folder: Path, folder: Path) -> Path:
     return _write(folder, *restore(stored))
 
 
-def report_tasks(tasks: Iterable[tuple[Suite, Sequence[Result]]], folder: Path) -> Path:
-    """Writes the report of a suite with tasks as ``report`` does."""
+def report_tasks(tasks: Sequence[tuple[Suite, Sequence[Result]]], folder: Path) -> Path:
+    """Writes the report of a suite with tasks as ``report`` does; a task may have no run yet."""
+    _require_results("with tasks", [result for _, found in tasks for result in found])
     return _write_tasks(folder, summarise_tasks(tasks))
+
+
+def _require_results(name: str, found: Sequence[Result]) -> None:
+    ended = any(result.state in FINISHED for result in found)
+    require(ended, f"suite {name}: no run has ended yet; start or continue noneuclid sweep first")
 
 
 def _write_tasks(folder: Path, summary: dict[str, Any]) -> Path:
