@@ -12,6 +12,8 @@ from hf_noneuclid.experiments.reporting.tables import option_words, setting_name
 from hf_noneuclid.experiments.sweeping.suite import Result, Run, canonical
 from hf_noneuclid.options import is_bounded_by
 
+VARIANT_OPTIONS = ("descent", "product_norm", "vector_norm", "step_size")
+
 
 @dataclass(frozen=True)
 class Point:
@@ -80,6 +82,12 @@ class Curve:
     def momo(self) -> bool:
         """Whether Momo bounds the step size."""
         return is_bounded_by(self.step_size, "momo")
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """The four choices that make a method if all of them vary in the suite; otherwise empty."""
+        values = [str(self.method_options.get(name)) for name in VARIANT_OPTIONS]
+        return tuple(values) if {*VARIANT_OPTIONS} <= self.method_options.keys() else ()
 
     @property
     def family(self) -> str:

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from hf_noneuclid.experiments.common import STYLE, series, write_whole
 from hf_noneuclid.experiments.reporting import panels
-from hf_noneuclid.experiments.reporting.comparisons import is_variant, variant_of
 from hf_noneuclid.experiments.reporting.curves import (
     Curve,
     Point,
@@ -32,21 +31,18 @@ DESCENTS, PRODUCTS = ("constrained", "regularized"), ("linf", "l2", "hybrid")
 VECTORS, STEP_SIZES = ("linf", "ada_linf", "ada_l2"), ("rate", "momo")
 
 
-def draw(folder: Path, curves: Sequence[Curve]) -> list[str]:
-    """Writes the figures for which there are runs, and gives the names of their files."""
+def draw(folder: Path, curves: Sequence[Curve]) -> None:
+    """Writes the figures for which there are runs."""
     figures: dict[str, Callable[[Sequence[Curve]], Figure | None]] = {
         "final_loss.png": final_loss,
         "training.png": training,
         "step_size.png": step_size,
         "variants.png": heat_maps,
     }
-    names = []
     with matplotlib.rc_context(STYLE):
         for name, make in figures.items():
             if (figure := make(curves)) is not None:
                 save(folder / name, figure)
-                names.append(name)
-    return names
 
 
 def save(path: Path, figure: Figure) -> None:
@@ -60,7 +56,7 @@ def save(path: Path, figure: Figure) -> None:
 
 def final_loss(curves: Sequence[Curve]) -> Figure | None:
     """Final loss against learning rate, with a panel for each setting and options of the methods."""
-    shown = [curve for curve in curves if curve.best and not is_variant(curve)]
+    shown = [curve for curve in curves if curve.best and not curve.variant]
     if not shown:
         return None
     look = panels.method_look(curves)
@@ -208,15 +204,15 @@ def _spread(curve: Curve) -> list[Point]:
 
 def heat_maps(curves: Sequence[Curve]) -> Figure | None:
     """The best loss of each variant, and its regret at the highest learning rate; a row for each setting."""
-    settings = by_setting(curve for curve in curves if is_variant(curve))
+    settings = by_setting(curve for curve in curves if curve.variant)
     known = {name: members for name, members in settings.items() if any(c.best for c in members)}
     if not known:
         return None
     figure = Figure(figsize=(7.6, 0.2 + 3.4 * len(known)), layout="constrained")
     grid_axes = figure.subplots(len(known), 2, sharey=True, squeeze=False)
     for (left, right), (name, members) in zip(grid_axes, known.items(), strict=True):
-        losses = {variant_of(curve): curve.best.loss if curve.best else None for curve in members}
-        regrets = {variant_of(curve): regret(curve.losses, curve.best_place)[-1] for curve in members}
+        losses = {curve.variant: curve.best.loss if curve.best else None for curve in members}
+        regrets = {curve.variant: regret(curve.losses, curve.best_place)[-1] for curve in members}
         regret_title = f"regret at learning rate {max(curve.rates[-1] for curve in members):g} (nats)"
         _heat_map(figure, left, losses, "\n".join(filter(None, ("best final loss (nats)", name))))
         _heat_map(figure, right, regrets, "\n".join(filter(None, (regret_title, name))))

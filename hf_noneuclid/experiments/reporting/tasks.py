@@ -85,15 +85,12 @@ def excess(entry: Entry | None, other: Entry | None) -> float | None:
     return 100 * (ours - theirs) / max(theirs, SMALLEST)
 
 
-def _entries(tasks: Iterable[Task]) -> list[Entry]:
-    return [entry for task in tasks for entry in task["entries"]]
-
-
 def _methods(tasks: Sequence[Task]) -> list[str]:
     """The methods that the suite is about: those that stand in several columns."""
     columns: dict[str, set[str]] = defaultdict(set)
-    for entry in _entries(tasks):
-        columns[entry["method"]].add(entry["column"])
+    for task in tasks:
+        for entry in task["entries"]:
+            columns[entry["method"]].add(entry["column"])
     return [method for method, found in columns.items() if len(found) > 1]
 
 
@@ -101,8 +98,8 @@ def _of_method(tasks: Sequence[Task], method: str) -> tuple[list[str], list[str]
     """The columns of a method, those of other optimizers, and the entries of each task by column."""
     others = {*_methods(tasks)} - {method}
     rows = [{e["column"]: e for e in task["entries"] if e["method"] not in others} for task in tasks]
-    kept = [entry for entry in _entries(tasks) if entry["method"] not in others]
-    own = list(dict.fromkeys(entry["column"] for entry in kept if entry["method"] == method))
+    kept = [e for task in tasks for e in task["entries"] if e["method"] not in others]
+    own = list(dict.fromkeys(e["column"] for e in kept if e["method"] == method))
     return own, list(dict.fromkeys(e["column"] for e in kept if e["method"] != method)), rows
 
 

@@ -18,9 +18,7 @@ from hf_noneuclid.experiments.training.options import DEFAULT_MODEL, given
 # Of the classifier, unless the user says otherwise. The beginning of a docstring tells its library, and many
 # beginnings teach more than a few whole ones; a step has as many tokens as the language model's.
 CLASSIFIER = {"block_size": 64, "per_device_train_batch_size": 32, "max_steps": 100}
-# Where no other rule finds the step size. Gradients are small: a learning rate that suits the language model
-# would hardly move the classifier.
-CLASSIFIER_LEARNING_RATE = 1e-2
+PLAIN_LEARNING_RATE = 1e-2  # gradients are small: what suits the language model would hardly move it
 FIRST_MODEL = {"model_package": None, "gguf_file": None, "tokenizer_name": None, "model_revision": None}
 
 
@@ -52,7 +50,7 @@ def run_default(argv: Sequence[str], model_args: Any, args: Any) -> None:
     model = {**FIRST_MODEL, "model_name_or_path": str(first)}
     options = {**CLASSIFIER, **given(argv, "finetune", "classify"), **model, "output_dir": str(second)}
     if args.learning_rate is None:
-        options["learning_rate"] = CLASSIFIER_LEARNING_RATE
+        options["learning_rate"] = PLAIN_LEARNING_RATE
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "library.yaml"
     config.write_text(yaml.safe_dump(options), encoding="utf-8")
