@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import classify
 import datasets
@@ -651,6 +652,11 @@ def test_the_domains_are_docstrings_and_as_many_verses(monkeypatch):
     assert all("\n" not in verse for verse in verses)
 
 
+def only_here(monkeypatch, run):
+    """Replaces how the default run starts commands; git is still started to ask for the commit."""
+    monkeypatch.setattr(default_run, "subprocess", SimpleNamespace(run=run))
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Run the commands of the default run without new processes, on a few docstrings; list them."""
@@ -664,7 +670,7 @@ def in_this_process(monkeypatch):
             {"finetune.py": finetune, "classify.py": classify}[Path(script).name].main(flags)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(default_run.subprocess, "run", start)
+    only_here(monkeypatch, start)
     return started
 
 
@@ -688,9 +694,8 @@ def test_without_a_task_both_follow_each_other(tmp_path, base, in_this_process, 
 def test_the_config_file_counts_for_both_tasks(tmp_path, base, monkeypatch):
     (tmp_path / "run.yaml").write_text(f"max_steps: 5\nblock_size: 48\nmodel_name_or_path: {base}\n")
     commands = []
-    monkeypatch.setattr(
-        default_run.subprocess,
-        "run",
+    only_here(
+        monkeypatch,
         lambda command, check: commands.append(command[2:]) or subprocess.CompletedProcess(command, 0),
     )
     flags = ["--use_cpu=true", f"--config={tmp_path / 'run.yaml'}"]
@@ -706,9 +711,8 @@ def test_the_default_run_writes_and_prints_no_token(tmp_path, base, monkeypatch,
     token = "hf_aToken0123456789abcdef"
     monkeypatch.setenv("HF_TOKEN", "")
     commands = []
-    monkeypatch.setattr(
-        default_run.subprocess,
-        "run",
+    only_here(
+        monkeypatch,
         lambda command, check: commands.append(command) or subprocess.CompletedProcess(command, 0),
     )
     finetune.main([*QUICK, f"--model_name_or_path={base}", f"--output_dir={tmp_path}", "--hub_token", token])
@@ -747,7 +751,7 @@ def test_the_default_model_is_made_if_it_is_not_there(tmp_path, base, in_this_pr
             shutil.copytree(base, "outputs/pretrain", dirs_exist_ok=True)
         return made(command, check)
 
-    monkeypatch.setattr(default_run.subprocess, "run", start)
+    only_here(monkeypatch, start)
     flags = [*QUICK, "--max_validation_blocks=8", "--max_steps=1"]
     finetune.main(flags)
     assert in_this_process[0] == ("pretrain.py", ["--output_dir=outputs/pretrain", "--use_cpu=true"])
