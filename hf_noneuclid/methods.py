@@ -115,6 +115,17 @@ def parse_options(text: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
+def step_size_of(method: str, values: Mapping[str, Any]) -> str:
+    """The step size of a method with some options: the one that is asked for, or the method's own."""
+    name = canonical_name(method)
+    return str(values.get("step_size") or (METHODS[name].step_size if name in METHODS else "rate"))
+
+
+def default_learning_rate(step_size: str) -> float | None:
+    """The learning rate where nobody chose one: 1 if it only bounds another rule, None if all rests on it."""
+    return None if step_size == "rate" else 1.0
+
+
 def method_options(method: str, step_size: str | None = None) -> list[str]:
     """The names of the options that a method takes in ``--optim_args`` and ``create_optimizer``.
 
@@ -123,7 +134,7 @@ def method_options(method: str, step_size: str | None = None) -> list[str]:
         step_size: The step size that was asked for; None for the method's own.
     """
     name = canonical_name(method)
-    step_size = step_size or (METHODS[name].step_size if name in METHODS else "rate")
+    step_size = step_size or step_size_of(name, {})
     return [
         option
         for option, field in options.fields(Options, MethodOptions).items()

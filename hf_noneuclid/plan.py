@@ -100,18 +100,12 @@ def make_plan(
     parameters = list(held)
     is_wide = any(x.shard.tensor.dtype == torch.float64 for x in parameters)
     like = torch.zeros((), dtype=torch.float64 if is_wide else torch.float32, device=grid.device)
-    bound = lower_bound(
-        options.loss_lower_bound,
-        options.lower_bound_fraction,
-        options.lower_bound_horizon,
-        options.lower_bound_slack,
-        alone=not options.slope,
-    )
+    bound = _lower_bound(options)
     memory = Memory(
         state,
         parameters,
         momo=options.momo,
-        start=_start(options, bound, like),
+        start=first_memory(options, like),
         slope=options.slope,
         stale=options.nuclear_norm == "stale",
         like=like,
@@ -145,13 +139,23 @@ def make_plan(
     )
 
 
-def _start(options: Options, bound: LowerBound, like: Tensor) -> dict[str, Tensor]:
-    """What the step size remembers before the first step."""
+def _lower_bound(options: Options) -> LowerBound:
+    return lower_bound(
+        options.loss_lower_bound,
+        options.lower_bound_fraction,
+        options.lower_bound_horizon,
+        options.lower_bound_slack,
+        alone=not options.slope,
+    )
+
+
+def first_memory(options: Options, like: Tensor) -> dict[str, Tensor]:
+    """What the step size remembers before the first step, in tensors of the dtype and device of ``like``."""
     start = {}
     if options.momo:
         start = {"running_loss": torch.zeros_like(like), "running_weight": torch.zeros_like(like)}
-        if bound.initial:
-            start["lower_bound_memory"] = like.new_tensor(bound.initial)
+        if initial := _lower_bound(options).initial:
+            start["lower_bound_memory"] = like.new_tensor(initial)
     if options.slope:
         start["pace"] = like.new_tensor(INITIAL_PACE).reshape(-1)
     return start

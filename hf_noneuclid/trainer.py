@@ -28,6 +28,7 @@ from .methods import (
     all_names,
     canonical_name,
     create_groups,
+    default_learning_rate,
     optimizer_arguments,
     parse_options,
     resolve,
@@ -183,24 +184,25 @@ def _make_optimizer_arguments(
 
 
 def _choose_learning_rate(args: Any, method: str, step_size: str) -> None:
-    """Replaces a default that nobody chose by 1 where it would only be the upper bound of another rule.
+    """Replaces a default that nobody chose where it would only be the upper bound of another rule.
 
     The default of a class of arguments was made for its default optimizer. If that is one of ours, or if
     DeepSpeed's config has a schedule, the learning rate was chosen.
     """
-    default = _default(args, "learning_rate")
+    default, ours = _default(args, "learning_rate"), default_learning_rate(step_size)
     was_chosen = args.learning_rate != default or _name(_default(args, "optim")) in all_names()
-    if step_size == "rate" or was_chosen or schedules_learning_rate():
+    if ours is None or was_chosen or schedules_learning_rate():
         return
-    args.learning_rate = 1.0  # scheduler, logs and training_args.bin follow
+    args.learning_rate = ours  # scheduler, logs and training_args.bin follow
     if args.process_index == 0:
         logger.warning(
             "learning_rate was left at its default, %g, which is not meant for %s: with step_size=%s it is "
-            "only an upper bound of the step size, and 1.0 is used. To bound the steps at %g after all, pass "
-            "a value beside the default, such as %.5g.",
+            "only an upper bound of the step size, and %.1f is used. To bound the steps at %g after all, "
+            "pass a value beside the default, such as %.5g.",
             default,
             method,
             step_size,
+            ours,
             default,
             1.0001 * default,
         )

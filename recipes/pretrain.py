@@ -1,7 +1,7 @@
 """Pre-train a language model with non-Euclidean gradient descent.
 
     python recipes/pretrain.py
-    accelerate launch recipes/pretrain.py --config recipes/configs/fineweb_124m.yaml --learning_rate 3e-3
+    accelerate launch recipes/pretrain.py --config recipes/configs/fineweb_124m.yaml --seed 1
 
 With no arguments a small GPT-2 trains on the embedded corpus with MuonMax-Momo, for a few minutes on two CPU
 cores.

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import classify
 import datasets
@@ -46,7 +47,7 @@ from transformers import (
 )
 
 from hf_noneuclid.experiments.sweeping.commands import as_arguments, recipe_flags
-from hf_noneuclid.experiments.sweeping.suite import load_suite
+from hf_noneuclid.experiments.sweeping.suite import load_suites
 from hf_noneuclid.experiments.training import causal, default_run, embedded, presets
 from hf_noneuclid.experiments.training.adapters import add_adapters
 from hf_noneuclid.experiments.training.arguments import (
@@ -651,6 +652,11 @@ def test_the_domains_are_docstrings_and_as_many_verses(monkeypatch):
     assert all("\n" not in verse for verse in verses)
 
 
+def only_here(monkeypatch, run):
+    """Replaces how the default run starts commands; git is still started to ask for the commit."""
+    monkeypatch.setattr(default_run, "subprocess", SimpleNamespace(run=run))
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Run the commands of the default run without new processes, on a few docstrings; list them."""
@@ -664,7 +670,7 @@ def in_this_process(monkeypatch):
             {"finetune.py": finetune, "classify.py": classify}[Path(script).name].main(flags)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(default_run.subprocess, "run", start)
+    only_here(monkeypatch, start)
     return started
 
 
@@ -688,24 +694,25 @@ def test_without_a_task_both_follow_each_other(tmp_path, base, in_this_process, 
 def test_the_config_file_counts_for_both_tasks(tmp_path, base, monkeypatch):
     (tmp_path / "run.yaml").write_text(f"max_steps: 5\nblock_size: 48\nmodel_name_or_path: {base}\n")
     commands = []
-    monkeypatch.setattr(
-        default_run.subprocess,
-        "run",
+    only_here(
+        monkeypatch,
         lambda command, check: commands.append(command[2:]) or subprocess.CompletedProcess(command, 0),
     )
-    finetune.main(["--use_cpu=true", f"--config={tmp_path / 'run.yaml'}", f"--output_dir={tmp_path / 'out'}"])
-    _, data_args, args = parse(commands[1], ARGUMENT_TYPES["classify"])
-    assert (args.max_steps, data_args.block_size) == (5, 48)
-    assert (args.learning_rate, args.per_device_train_batch_size) == (1e-2, 32)
+    flags = ["--use_cpu=true", f"--config={tmp_path / 'run.yaml'}"]
+    for optim, rate in (("muonmax_momo", 1.0), ("muon", 1e-2)):
+        commands.clear()
+        finetune.main([*flags, f"--optim={optim}", f"--output_dir={tmp_path / optim}"])
+        _, data_args, args = parse(commands[1], ARGUMENT_TYPES["classify"])
+        assert (args.max_steps, data_args.block_size) == (5, 48)
+        assert (args.learning_rate, args.per_device_train_batch_size) == (rate, 32)
 
 
 def test_the_default_run_writes_and_prints_no_token(tmp_path, base, monkeypatch, capsys):
     token = "hf_aToken0123456789abcdef"
     monkeypatch.setenv("HF_TOKEN", "")
     commands = []
-    monkeypatch.setattr(
-        default_run.subprocess,
-        "run",
+    only_here(
+        monkeypatch,
         lambda command, check: commands.append(command) or subprocess.CompletedProcess(command, 0),
     )
     finetune.main([*QUICK, f"--model_name_or_path={base}", f"--output_dir={tmp_path}", "--hub_token", token])
@@ -744,7 +751,7 @@ def test_the_default_model_is_made_if_it_is_not_there(tmp_path, base, in_this_pr
             shutil.copytree(base, "outputs/pretrain", dirs_exist_ok=True)
         return made(command, check)
 
-    monkeypatch.setattr(default_run.subprocess, "run", start)
+    only_here(monkeypatch, start)
     flags = [*QUICK, "--max_validation_blocks=8", "--max_steps=1"]
     finetune.main(flags)
     assert in_this_process[0] == ("pretrain.py", ["--output_dir=outputs/pretrain", "--use_cpu=true"])
@@ -763,28 +770,36 @@ def parsed(*flags):
 
 
 def test_presets_fill_in_what_is_not_given(capsys):
-    default = parsed()
-    assert (default.learning_rate, default.optim_args) == (1e-2, "momentum=0.8,lower_bound_slack=1.0")
-    assert "unless --preset false: momentum=0.8, lower_bound_slack=1.0" in capsys.readouterr().out
+    plain = parsed("--optim=muon")
+    assert (plain.learning_rate, plain.optim_args) == (3e-4, "momentum=0.8")
+    assert "unless --preset false: momentum=0.8" in capsys.readouterr().out
     assert parsed("--optim=muon", "--lora_rank=4").learning_rate == 3e-3
-    given = parsed("--learning_rate=3e-3", "--optim_args=momentum=0.9,lower_bound_slack=0.5")
-    assert (given.learning_rate, given.optim_args) == (3e-3, "momentum=0.9,lower_bound_slack=0.5")
-    assert parsed("--preset=false").optim_args is None
+    given = parsed("--optim=muon", "--learning_rate=5e-3", "--optim_args=momentum=0.9")
+    assert (given.learning_rate, given.optim_args) == (5e-3, "momentum=0.9")
+    assert parsed("--optim=muon", "--preset=false").optim_args is None
     adamw = parsed("--optim=adamw_torch")
     assert (adamw.learning_rate, adamw.optim_args) == (presets.ADAM_LEARNING_RATE, None)
 
 
+def test_presets_leave_the_slope_alone(capsys):
+    for flags in ((), ("--optim=muon", "--optim_args=step_size=slope")):
+        args = parsed(*flags)
+        assert args.learning_rate == 1.0
+        assert "momentum" not in (args.optim_args or "")
+    assert "preset" not in capsys.readouterr().out
+
+
 def test_presets_give_a_method_only_what_it_has():
-    for flag, given in (("--optim=muon", ""), ("--optim_args=loss_lower_bound=0.0", "loss_lower_bound=0.0,")):
-        args = parsed(flag)
-        assert (args.learning_rate, args.optim_args) == (3e-4, f"{given}momentum=0.8")
+    args = parsed("--optim_args=step_size=momo")
+    assert (args.learning_rate, args.optim_args) == (1.0, "step_size=momo,momentum=0.8")
     free = "descent=constrained,product_norm=linf,vector_norm=linf"
     assert parsed("--optim=noneuclid", f"--optim_args={free}").optim_args == f"{free},momentum=0.8"
-    momo = parsed("--optim=noneuclid", f"--optim_args={free},step_size=momo").optim_args
-    assert momo == f"{free},step_size=momo,momentum=0.8,lower_bound_slack=1.0"
-    _, _, classifier = parse(["--use_cpu=true", "--label_column=b"], ARGUMENT_TYPES["classify"])
-    presets.apply_preset(presets.CLASSIFIER, classifier)
-    assert (classifier.learning_rate, classifier.optim_args) == (1e-3, None)
+    for optim, rate in (("muonmax_momo", 1.0), ("muon", 1e-3)):
+        _, _, classifier = parse(
+            ["--use_cpu=true", "--label_column=b", f"--optim={optim}"], ARGUMENT_TYPES["classify"]
+        )
+        presets.apply_preset(presets.CLASSIFIER, classifier)
+        assert (classifier.learning_rate, classifier.optim_args) == (rate, None)
 
 
 # ---------------------------------------------------------------- bad input
@@ -1000,7 +1015,7 @@ def test_the_example_is_the_default_run():
 
 
 def test_every_run_of_the_suite_has_flags_that_exist():
-    suite = load_suite(RECIPES / "suites" / "finetune_mini.yaml")
+    (suite,) = load_suites(RECIPES / "suites" / "finetune_mini.yaml")
     assert {run.options["lora_rank"] for run in suite.runs()} == {0, 8}
     for run in suite.runs():
         flags = as_arguments(recipe_flags(suite, run, processes=1))

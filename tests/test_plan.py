@@ -43,7 +43,7 @@ def two_matrices(**options):
                 "c": nn.LayerNorm(6, bias=False),
             }
         )
-    return shapes_of(model, "muonmax_momo", **{"loss_lower_bound": 0.0, **options})
+    return shapes_of(model, "muonmax_momo", **options)
 
 
 def costs_of(engine, grid, **options):
@@ -68,9 +68,10 @@ def test_ddp_on_two_gpus():
         "momentum": [[0], [0]],
         "directions": [[0], [0]],
         "replicas": [[64], [64]],
-        "scalars": [[2 * 4 * (4 + 4) // 2]] * 2,  # 4 scalars; 3 dual norms and ⟨p, m⟩
+        "scalars": [[2 * 4 * (8 + 4) // 2]] * 2,  # 8 scalars; 3 dual norms and ⟨p, m⟩
     }
-    assert costs.state_bytes().tolist() == [[4 * (70 + 6 + 2)]] * 2
+    # The step, the running loss, its weight, what the bound remembers, and the pace; the last step.
+    assert costs.state_bytes().tolist() == [[4 * (70 + 6 + 4 + 20) + 2 * 70]] * 2
     assert costs.kept_bytes().tolist() == [[64], [64]]
 
 
@@ -82,9 +83,9 @@ def test_fsdp2_on_two_gpus():
         "momentum": [[64, 64]],
         "directions": [[32, 32]],
         "replicas": [[0, 0]],
-        "scalars": [[2 * 4 * (4 + 4 + 2) // 2] * 2],
+        "scalars": [[2 * 4 * (8 + 4 + 2) // 2] * 2],
     }
-    assert costs.state_bytes().tolist() == [[4 * (35 + 3 + 2 + 2)] * 2]
+    assert costs.state_bytes().tolist() == [[4 * (35 + 3 + 4 + 20 + 2) + 2 * 35] * 2]
     assert costs.kept_bytes().tolist() == [[0, 0]]
 
 
@@ -97,13 +98,23 @@ def test_zero1_on_two_gpus():
     assert costs.owned.tolist() == [[32, 32]]
     assert costs.sent_bytes()["momentum"].tolist() == [[4 * 4, 0]]
     assert costs.sent_bytes()["directions"].tolist() == [[0, 2 * 4]]
-    assert costs.state_bytes().tolist() == [[4 * (36 + 0 + 2), 4 * (36 + 6 + 2)]]
+    assert costs.state_bytes().tolist() == [[x + 4 * 24 + 2 * 36 for x in (4 * (36 + 0), 4 * (36 + 6))]]
 
 
 def test_zero3_on_four_gpus_pads_every_parameter():
     costs = costs_of("zero3", (1, 4))
     assert costs.held.tolist() == [[18, 18, 18, 16]]
     assert costs.flat.tolist() == [[18] * 4]
+
+
+@pytest.mark.parametrize(
+    ("step_size", "scalars", "last_step"),
+    [("rate", 1, 0), ("momo", 3, 0), ("slope", 1 + 20, 2 * 70), ("momo+slope", 4 + 20, 2 * 70)],
+)
+def test_what_each_step_size_remembers(step_size, scalars, last_step):
+    """A number as the bound is remembered only beside the slope."""
+    shapes = two_matrices(step_size=step_size)
+    assert Costs(shapes, "ddp", (1, 1)).state_bytes().item() == 4 * (70 + 6 + scalars) + last_step
 
 
 def test_two_matrices_leave_two_of_four_gpus_without_any():
@@ -161,10 +172,12 @@ def test_it_counts_what_the_exchanges_of_all_ranks_send(engine):
             exchange.scatter([torch.zeros(block.shape) for block in exchange.owned])
             owned += sum(prod(block.shape) for block in exchange.owned)
         assert costs.owned[place] == owned
-        predicted = {name: int(by_rank[place]) for name, by_rank in costs.sent_by_collective().items()}
-        assert predicted.pop("all_reduce") > 0
-        assert predicted == {name: grid.sent[name] for name in predicted}
-        assert sum(predicted.values()) > 0
+        sent = {name: int(by_rank[place]) for name, by_rank in costs.sent_bytes().items()}
+        assert grid.sent["all_to_all"] == sent["momentum"] + sent["directions"]
+        assert grid.sent["all_gather"] + grid.sent["broadcast"] == sent["replicas"]
+        assert grid.sent["broadcast"] == costs.broadcast[place]
+        assert sum(grid.sent.values()) > 0
+        assert sent["scalars"] > 0
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -225,12 +238,9 @@ def test_one_gpu_sends_nothing(capsys):
         (["--model", "tiny", "--gpus", "many"], "invalid int value: 'many'"),
         (["--model", "tiny", "--engine", "hsdp", "--gpus", "12"], "12 GPUs are not a multiple of 8 per node"),
         (["--model", "tiny", "--optim", "adam"], "unknown method 'adam'"),
-        (["--measure", "--dtype", "bf16"], "--measure trains in float32"),
-        (["--measure"], "start it with `torchrun --nproc_per_node=2 -m hf_noneuclid plan --measure`"),
     ],
 )
-def test_what_it_refuses(arguments, message, capsys, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_what_it_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         plan.main(arguments)
     assert caught.value.code == 2

@@ -24,7 +24,7 @@ from hf_noneuclid.experiments.sweeping import execution
 from hf_noneuclid.experiments.sweeping.commands import Launch
 from hf_noneuclid.experiments.sweeping.execution import Executor, can_resume, check_folder, run_folder
 from hf_noneuclid.experiments.sweeping.study import open_study, results, suite_of
-from hf_noneuclid.experiments.sweeping.suite import Result, load_suite
+from hf_noneuclid.experiments.sweeping.suite import Result, load_suites
 from hf_noneuclid.experiments.sweeping.trial_queue import TrialQueue, run_worker
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,11 @@ TINY = {
     },
     "grid": [{"method": ["muon", "muon_momo"], "learning_rate": [1e-3, 1e-2, 1e-1]}],
 }
+
+
+def load_suite(*arguments):
+    (suite,) = load_suites(*arguments)
+    return suite
 
 
 @pytest.fixture
@@ -629,8 +634,9 @@ def test_bad_input_ends_in_words_before_a_run_starts(tmp_path, capsys):
 
 def test_a_suite_that_starts_from_the_default_model_needs_it_first(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, recipe="classify", options={"use_cpu": True, "max_steps": 2})
     with pytest.raises(SystemExit) as caught:
-        sweep.main(["--suite=lower_bound_finetune"])
+        sweep.main([f"--suite={path}"])
     assert caught.value.code == 2
     assert "outputs/pretrain, which is not there: run recipes/pretrain.py first" in capsys.readouterr().err
     assert not list(tmp_path.glob("outputs/*/runs"))

@@ -12,12 +12,13 @@ figures over time stay as they are, because the file does not hold the histories
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hf_noneuclid.experiments.common import ExitCode, InputError
 from hf_noneuclid.experiments.reporting.report import report, report_again, report_tasks
 from hf_noneuclid.experiments.sweeping.study import default_storage, open_study, results, suite_of
+from hf_noneuclid.experiments.sweeping.suite import Result, Suite
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.results is not None:
             path = report_again(args.results, args.output_dir or args.results)
         elif args.storage is None and (studies := sorted(args.study.glob("*/study.db"))):
-            tasks = [(suite_of(study), results(study)) for study in map(open_study, studies)]
-            path = report_tasks(tasks, args.output_dir or args.study / "report")
+            path = report_tasks(list(_tasks(studies)), args.output_dir or args.study / "report")
         else:
             study = open_study(args.storage or default_storage(args.study), args.study_name)
             path = report(suite_of(study), results(study), args.output_dir or args.study / "report")
@@ -44,3 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"noneuclid report: error: {error}", file=sys.stderr)
         raise SystemExit(ExitCode.BAD_INPUT) from None
     print(path)
+
+
+def _tasks(studies: Sequence[Path]) -> Iterator[tuple[Suite, list[Result]]]:
+    """The tasks of a suite. A task that the sweep refused has a study without a suite, and is left out."""
+    for study in map(open_study, studies):
+        try:
+            yield suite_of(study), results(study)
+        except InputError as error:
+            print(f"noneuclid report: left out: {error}", file=sys.stderr)

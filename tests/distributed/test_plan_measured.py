@@ -1,20 +1,21 @@
 """What ``noneuclid plan`` predicts is what the engines' ranks send and keep."""
 
 import json
+from pathlib import Path
 
 import pytest
 from launching import torchrun
 
 pytestmark = pytest.mark.distributed
 
+WORKER = Path(__file__).with_name("plan_worker.py")
 SHARDED_OR_NOT = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 NUCLEAR_NORMS = ("exact", "stale")
 
 
 def measure(nuclear_norm, ranks, *options):
-    """The rows that ``--measure`` prints, one for each engine and rank."""
-    command = ("-m", "hf_noneuclid", "plan", "--measure", "--nuclear_norm", nuclear_norm)
-    log = torchrun(*command, *options, ranks=ranks, timeout=100)
+    """The rows that the worker prints, one for each engine and rank."""
+    log = torchrun(WORKER, "--nuclear_norm", nuclear_norm, *options, ranks=ranks, timeout=100)
     return [json.loads(line) for line in log.splitlines() if line.startswith('{"engine"')]
 
 

@@ -18,7 +18,7 @@ import hf_noneuclid
 from hf_noneuclid.distributed.exchange import OwnedBlock
 from hf_noneuclid.distributed.grid import pads
 from hf_noneuclid.distributed.shards import whole
-from hf_noneuclid.elementwise import MIB
+from hf_noneuclid.elementwise import MIB, narrow_dtype
 from hf_noneuclid.experiments.costs.engines import (
     Grid,
     engine_sent_bytes,
@@ -27,14 +27,14 @@ from hf_noneuclid.experiments.costs.engines import (
     widths,
 )
 from hf_noneuclid.groups import parameter_names
-from hf_noneuclid.momo import lower_bound
 from hf_noneuclid.norms import ADAPTIVE_NORMS
 from hf_noneuclid.options import Options
 from hf_noneuclid.parameters import LocalParameter, make_parameters
-from hf_noneuclid.plan import bucket_matrices, polar_batch_bytes, polar_batches
+from hf_noneuclid.plan import bucket_matrices, first_memory, polar_batch_bytes, polar_batches
 from hf_noneuclid.polar import compute_dtype, polar_flops
 
 STATE_BYTES = 4  # momentum, second moment and scalars are float32, whatever the weights are
+LAST_STEP_BYTES = narrow_dtype(torch.float32).itemsize
 
 Array = NDArray[np.int64]
 
@@ -170,16 +170,11 @@ class Costs:
     def state_bytes(self) -> Array:
         """The optimizer's state."""
         options = self.shapes.options
-        rule = lower_bound(
-            options.loss_lower_bound,
-            options.lower_bound_fraction,
-            options.lower_bound_horizon,
-            options.lower_bound_slack,
-            alone=not options.slope,
-        )
         stale = units(self.shapes.matrices) if options.nuclear_norm == "stale" else 0
-        momo = 1 + len(rule.initial) if options.momo else 0  # the running loss, what the bound remembers
-        return STATE_BYTES * (self.flat + self.second_moment + 1 + momo + stale)  # 1 is the step
+        of_step_size = sum(x.numel() for x in first_memory(options, torch.zeros(())).values())
+        scalars = 1 + of_step_size + stale  # 1 is the step
+        last_step = LAST_STEP_BYTES * self.flat * options.slope
+        return STATE_BYTES * (self.flat + self.second_moment + scalars) + last_step
 
     def kept_bytes(self) -> Array:
         """The polar factors between measuring and moving; with stale norms none are kept after ten steps."""
@@ -197,7 +192,9 @@ class Costs:
 
     def sent_bytes(self) -> dict[str, Array]:
         """What each rank sends in a step, by purpose."""
-        scalars = [4, units(self.shapes.parameters) + 1]  # phase 0; the dual norms and ⟨p, m⟩
+        # Phase 0: bad entries, the largest, ⟨p, g⟩, the loss, two slopes and two squares. Phase 2: the dual
+        # norms and ⟨p, m⟩.
+        scalars = [8, units(self.shapes.parameters) + 1]
         if self.shapes.options.nuclear_norm == "stale":
             scalars.append(units(self.shapes.matrices))
         ranks = prod(self.grid)  # a ring sends everything twice, except one share
@@ -207,16 +204,6 @@ class Costs:
             "directions": self.direction_bytes * self.directions,
             "replicas": self.direction_bytes * self.gathered + self.broadcast,
             "scalars": np.full(self.grid, reduced),
-        }
-
-    def sent_by_collective(self) -> dict[str, Array]:
-        """What each rank sends in a step, as the optimizer's ``diagnostics()["bytes_sent"]`` counts it."""
-        sent = self.sent_bytes()
-        return {
-            "all_to_all": sent["momentum"] + sent["directions"],
-            "all_gather": self.direction_bytes * self.gathered,
-            "broadcast": self.broadcast,
-            "all_reduce": sent["scalars"],
         }
 
 

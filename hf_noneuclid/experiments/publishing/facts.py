@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_noneuclid import NonEuclideanDescent
+from hf_noneuclid import NonEuclideanDescent, methods
 from hf_noneuclid.experiments.common import InputError, option_pairs
 from hf_noneuclid.experiments.publishing.hub import WEIGHTS
 from hf_noneuclid.experiments.secrets import scrub
-from hf_noneuclid.methods import DEFAULT_MATRIX_LR_SCALE, canonical_name, parse_options, resolve
 
 # Numbers of metrics.json that are not results.
 COUNTS = {"seconds", "steps", "limited_steps", "tokens", "parameters", "trained_parameters"}
@@ -79,15 +78,18 @@ class RunFacts:
     def method(self) -> dict[str, Any]:
         """The method with the value of every option; empty for an optimizer that is not of this package."""
         try:
-            name = canonical_name(self.optimizer)
+            name = methods.canonical_name(self.optimizer)
         except ValueError:
             return {}
-        settings, tuning = resolve(name, **parse_options(option_pairs(self.options.get("optim_args"))))
+        given = methods.parse_options(option_pairs(self.options.get("optim_args")))
+        settings, tuning = methods.resolve(name, **given)
         parameters = inspect.signature(NonEuclideanDescent).parameters.values()
         defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
         del defaults["step_size"], defaults["spectral_scale"]  # part of the settings; set by no method
-        values = {**asdict(settings), **defaults, "matrix_lr_scale": DEFAULT_MATRIX_LR_SCALE, **tuning}
-        shown = {key: value for key, value in values.items() if settings.momo or "lower_bound" not in key}
+        defaults["matrix_lr_scale"] = methods.DEFAULT_MATRIX_LR_SCALE
+        values = {**asdict(settings), **defaults, **tuning}
+        taken = {*asdict(settings), *methods.method_options(name, settings.step_size), "weight_decay"}
+        shown = {key: value for key, value in values.items() if key in taken}
         run = {key: value for key, value in self.options.items() if key in ("weight_decay", "learning_rate")}
         return {"method": name, **shown, **run}
 

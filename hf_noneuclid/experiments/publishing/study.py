@@ -18,10 +18,10 @@ from hf_noneuclid.experiments.publishing.checks import make_ready
 from hf_noneuclid.experiments.publishing.facts import has_model
 from hf_noneuclid.experiments.publishing.hub import Target, upload
 from hf_noneuclid.experiments.publishing.model import push_run
-from hf_noneuclid.experiments.reporting.comparisons import paper_section
 from hf_noneuclid.experiments.reporting.report import report
 from hf_noneuclid.experiments.reporting.summary import summarise
 from hf_noneuclid.experiments.reporting.tables import band, rate
+from hf_noneuclid.experiments.reporting.text import paper_section
 from hf_noneuclid.experiments.secrets import scrub
 from hf_noneuclid.experiments.sweeping.execution import run_folder
 from hf_noneuclid.experiments.sweeping.study import default_storage, open_study, results, suite_of

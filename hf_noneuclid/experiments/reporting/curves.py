@@ -8,8 +8,10 @@ from statistics import fmean
 from typing import Any
 
 from hf_noneuclid.experiments.reporting.measures import best_index
-from hf_noneuclid.experiments.reporting.tables import LOWER_BOUND, bound_order, option_words, setting_names
+from hf_noneuclid.experiments.reporting.tables import option_words, setting_names
 from hf_noneuclid.experiments.sweeping.suite import Result, Run, canonical
+
+VARIANT_OPTIONS = ("descent", "product_norm", "vector_norm", "step_size")
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,21 @@ class Curve:
         return ", ".join([self.method, *option_words(self.method_options)])
 
     @property
-    def bound(self) -> str:
-        """The label without the method and without F*: the lower bound, and other options that vary."""
-        return ", ".join(option_words({LOWER_BOUND: "default", **self.method_options})).removeprefix("F* ")
+    def step_size(self) -> str:
+        """What bounds the step size, as far as the name and the options tell."""
+        named = self.method.endswith("_momo") or self.method.startswith("momo_")
+        return str(self.method_options.get("step_size", "momo" if named else "rate"))
 
     @property
     def momo(self) -> bool:
-        """Whether Momo chooses the step size."""
-        named = self.method.endswith("_momo") or self.method.startswith("momo_")
-        return "momo" in str(self.method_options.get("step_size", "momo" if named else "rate"))
+        """Whether Momo bounds the step size."""
+        return "momo" in self.step_size
+
+    @property
+    def variant(self) -> tuple[str, ...]:
+        """The four choices that make a method if all of them vary in the suite; otherwise empty."""
+        values = [str(self.method_options.get(name)) for name in VARIANT_OPTIONS]
+        return tuple(values) if {*VARIANT_OPTIONS} <= self.method_options.keys() else ()
 
     @property
     def family(self) -> str:
@@ -114,7 +122,7 @@ class Curve:
 
 
 def build_curves(wanted: Sequence[Run], results: Sequence[Result]) -> list[Curve]:
-    """The curves of a suite by setting, by method as the suite orders them, and by lower bound.
+    """The curves of a suite by setting, and by method as the suite orders them.
 
     ``wanted`` are all runs of the suite; a run that has no result is missing.
     """
@@ -136,9 +144,7 @@ def build_curves(wanted: Sequence[Run], results: Sequence[Result]) -> list[Curve
         options = _part(first.method_options, shown), settings[setting]
         curves.append(Curve(first.method, *options, tuple(points_of(runs, by_run)), names[setting]))
     order = list(names.values())
-    return sorted(
-        curves, key=lambda c: (order.index(c.setting), methods.index(c.method), bound_order(c.method_options))
-    )
+    return sorted(curves, key=lambda c: (order.index(c.setting), methods.index(c.method)))
 
 
 def points_of(runs: Sequence[Run], by_run: Mapping[Run, Result]) -> Iterable[Point]:
@@ -176,12 +182,6 @@ def best_of_each(curves: Iterable[Curve]) -> list[Curve]:
         if curve.best_loss < known.best_loss:
             best[curve.method, curve.momo] = curve
     return [curve for curve in best.values() if curve.best]
-
-
-def with_lower_bound(curves: Sequence[Curve]) -> list[Curve]:
-    """The curves of the methods whose lower bound varies. A curve without one has the default."""
-    methods = {curve.method for curve in curves if LOWER_BOUND in curve.method_options}
-    return [curve for curve in curves if curve.method in methods]
 
 
 def mean_series(results: Sequence[Result], key: str) -> tuple[list[int], list[float]]:

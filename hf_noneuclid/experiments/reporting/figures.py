@@ -13,23 +13,17 @@ from matplotlib.figure import Figure
 
 from hf_noneuclid.experiments.common import STYLE, series, write_whole
 from hf_noneuclid.experiments.reporting import panels
-from hf_noneuclid.experiments.reporting.comparisons import is_variant, variant_of
 from hf_noneuclid.experiments.reporting.curves import (
     Curve,
     Point,
     best_of_each,
     by_setting,
     mean_series,
-    with_lower_bound,
 )
 from hf_noneuclid.experiments.reporting.measures import regret
-from hf_noneuclid.experiments.reporting.tables import bound_order, option_words
+from hf_noneuclid.experiments.reporting.tables import option_words
 
-# Okabe and Ito's colours, grey for their yellow; eight colours and nine markers make 72 pairs.
-BOUND_COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#7F7F7F")
-BOUND_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 GREY = {"ls": "none", "color": "#555555"}
-GREY_LINE = {"color": "#555555", "marker": ".", "lw": 1.0}  # of a method whose bound does not vary
 STEP_SIZE_RATES = 4
 DARK = 0.55  # of the colour map: lighter cells get dark text
 CELL_COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="#DDDDDD")
@@ -37,21 +31,18 @@ DESCENTS, PRODUCTS = ("constrained", "regularized"), ("linf", "l2", "hybrid")
 VECTORS, STEP_SIZES = ("linf", "ada_linf", "ada_l2"), ("rate", "momo")
 
 
-def draw(folder: Path, curves: Sequence[Curve]) -> list[str]:
-    """Writes the figures for which there are runs, and gives the names of their files."""
+def draw(folder: Path, curves: Sequence[Curve]) -> None:
+    """Writes the figures for which there are runs."""
     figures: dict[str, Callable[[Sequence[Curve]], Figure | None]] = {
         "final_loss.png": final_loss,
         "training.png": training,
         "step_size.png": step_size,
         "variants.png": heat_maps,
     }
-    names = []
     with matplotlib.rc_context(STYLE):
         for name, make in figures.items():
             if (figure := make(curves)) is not None:
                 save(folder / name, figure)
-                names.append(name)
-    return names
 
 
 def save(path: Path, figure: Figure) -> None:
@@ -64,28 +55,18 @@ def save(path: Path, figure: Figure) -> None:
 
 
 def final_loss(curves: Sequence[Curve]) -> Figure | None:
-    """Final loss against learning rate, with a panel for each setting and options of the methods.
-
-    If lower bounds are compared, there is a panel for each setting and method, and a line for each bound.
-    """
-    shown = [curve for curve in curves if curve.best and not is_variant(curve)]
+    """Final loss against learning rate, with a panel for each setting and options of the methods."""
+    shown = [curve for curve in curves if curve.best and not curve.variant]
     if not shown:
         return None
-    if bounded := with_lower_bound(shown):
-        look, looks = _bound_look(bounded)
-        parts = panels.split(shown, lambda curve: curve.method)
-        handles = [panels.handle(name, **line) for name, line in looks.items()]
-    else:
-        look = panels.method_look(curves)
-        parts = panels.split(shown, lambda curve: ", ".join(option_words(curve.method_options)))
-        methods = {curve.method: curve for curve in shown}
-        handles = [
-            panels.handle(curve.method, **look(curve))
-            for curve in sorted(methods.values(), key=panels.by_family)
-        ]
+    look = panels.method_look(curves)
+    parts = panels.split(shown, lambda curve: ", ".join(option_words(curve.method_options)))
+    methods = {curve.method: curve for curve in shown}
+    handles = [
+        panels.handle(curve.method, **look(curve)) for curve in sorted(methods.values(), key=panels.by_family)
+    ]
     ranges = {name: panels.loss_range(members) for name, members in by_setting(shown).items()}
-    columns = -(-len(parts) // len(ranges)) if bounded and len(ranges) > 1 else 2 if len(parts) == 4 else 3
-    figure, grid_axes = panels.grid(len(parts), columns)
+    figure, grid_axes = panels.grid(len(parts), columns=2 if len(parts) == 4 else 3)
     gone = over = False
     for axes, (name, members) in zip(grid_axes, parts, strict=True):
         limits = ranges[members[0].setting]
@@ -98,22 +79,8 @@ def final_loss(curves: Sequence[Curve]) -> Figure | None:
     panels.label_outer(figure, grid_axes, "learning rate", "final validation loss (nats)")
     handles += [panels.handle("a seed diverged", marker="x", **GREY)] * gone
     handles += [panels.handle("above the figure", marker="^", fillstyle="none", **GREY)] * over
-    heading = "lower bound F*" if bounded else None
-    figure.legend(handles=handles, loc="outside right upper", handlelength=3, title=heading)
+    figure.legend(handles=handles, loc="outside right upper", handlelength=3)
     return figure
-
-
-def _bound_look(curves: Sequence[Curve]) -> tuple[panels.Look, dict[str, dict[str, Any]]]:
-    """A colour and a marker for each lower bound, the same in every panel."""
-    ordered = sorted(curves, key=lambda curve: (bound_order(curve.method_options), curve.bound))
-    names = dict.fromkeys(curve.bound for curve in ordered)
-    cycle = zip(names, itertools.cycle(BOUND_COLOURS), itertools.cycle(BOUND_MARKERS), strict=False)
-    looks = {name: {"color": colour, "marker": marker, "lw": 1.0} for name, colour, marker in cycle}
-
-    def look(curve: Curve) -> dict[str, Any]:
-        return looks.get(curve.bound, GREY_LINE) | {"ls": "-" if curve.momo else "--"}
-
-    return look, looks
 
 
 def _loss_panel(axes: Axes, curves: Sequence[Curve], look: panels.Look, top: float) -> int:
@@ -184,10 +151,10 @@ def _best_runs(curve: Curve) -> Sequence[Any]:
 def step_size(curves: Sequence[Curve]) -> Figure | None:
     """τ and η over time, with a column for each of some learning rates.
 
-    There is a row for each setting and method with Momo, with its best options.
+    There is a row for each setting and method with Momo or the slope, with its best options.
     """
     best = [curve for members in by_setting(curves).values() for curve in best_of_each(members)]
-    rows = [(curve, points) for curve in best if curve.momo and (points := _spread(curve))]
+    rows = [(curve, points) for curve in best if curve.step_size != "rate" and (points := _spread(curve))]
     if not rows:
         return None
     columns = max(len(points) for _, points in rows)
@@ -237,15 +204,15 @@ def _spread(curve: Curve) -> list[Point]:
 
 def heat_maps(curves: Sequence[Curve]) -> Figure | None:
     """The best loss of each variant, and its regret at the highest learning rate; a row for each setting."""
-    settings = by_setting(curve for curve in curves if is_variant(curve))
+    settings = by_setting(curve for curve in curves if curve.variant)
     known = {name: members for name, members in settings.items() if any(c.best for c in members)}
     if not known:
         return None
     figure = Figure(figsize=(7.6, 0.2 + 3.4 * len(known)), layout="constrained")
     grid_axes = figure.subplots(len(known), 2, sharey=True, squeeze=False)
     for (left, right), (name, members) in zip(grid_axes, known.items(), strict=True):
-        losses = {variant_of(curve): curve.best.loss if curve.best else None for curve in members}
-        regrets = {variant_of(curve): regret(curve.losses, curve.best_place)[-1] for curve in members}
+        losses = {curve.variant: curve.best.loss if curve.best else None for curve in members}
+        regrets = {curve.variant: regret(curve.losses, curve.best_place)[-1] for curve in members}
         regret_title = f"regret at learning rate {max(curve.rates[-1] for curve in members):g} (nats)"
         _heat_map(figure, left, losses, "\n".join(filter(None, ("best final loss (nats)", name))))
         _heat_map(figure, right, regrets, "\n".join(filter(None, (regret_title, name))))

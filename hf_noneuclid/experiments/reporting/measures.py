@@ -102,15 +102,8 @@ def robustness(rates: Sequence[float], losses: Losses, best: int | None) -> tupl
     offsets = [math.log10(rate / rates[best]) for rate in rates]
     inside = [i for i, offset in enumerate(offsets) if abs(offset) <= 1 + SAME_RATE]
     worst = max(regret(losses, best)[i] or 0.0 for i in inside)
-    short = any(nearest(rates, factor * rates[best]) is None for factor in (0.1, 10))
+    short = not all(any(abs(offset - side) <= SAME_RATE for offset in offsets) for side in (-1, 1))
     return worst, short or any(losses[i] is None for i in inside)
-
-
-def nearest(rates: Sequence[float], wanted: float) -> int | None:
-    """The place of the wanted learning rate in the grid; None if all are too far from it."""
-    distances = [abs(math.log10(rate / wanted)) for rate in rates]
-    closest = min(range(len(rates)), key=distances.__getitem__, default=None)
-    return None if closest is None or distances[closest] > SAME_RATE else closest
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:

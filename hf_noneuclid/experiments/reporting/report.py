@@ -1,8 +1,7 @@
 """Writing a report: report.md, results.json and the figures."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,8 @@ def report(suite: Suite, found: Sequence[Result], folder: Path) -> Path:
     Raises:
         InputError: No run has ended, or the folder cannot be written to.
     """
-    ended = any(result.state in FINISHED for result in found)
-    require(ended, f"suite {suite.name}: no run has ended yet; start or continue noneuclid sweep first")
-    return _write(folder, *summarise(suite, found))
+    _require_results(suite.name, found)
+    return _write(folder, _draw_curves, *summarise(suite, found))
 
 
 def report_again(results_folder: Path, folder: Path) -> Path:
@@ -47,40 +45,40 @@ def report_again(results_folder: Path, folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise InputError(f"--results {results_folder}: {path} cannot be read: {error}") from error
     if "tasks" in stored:
-        return _write_tasks(folder, restore_tasks(stored))
-    return _write(folder, *restore(stored))
+        return _write(folder, _draw_tasks, restore_tasks(stored))
+    return _write(folder, _draw_curves, *restore(stored))
 
 
-def report_tasks(tasks: Iterable[tuple[Suite, Sequence[Result]]], folder: Path) -> Path:
-    """Writes the report of a suite with tasks as ``report`` does."""
-    return _write_tasks(folder, summarise_tasks(tasks))
+def report_tasks(tasks: Sequence[tuple[Suite, Sequence[Result]]], folder: Path) -> Path:
+    """Writes the report of a suite with tasks as ``report`` does; a task may have no run yet."""
+    _require_results("with tasks", [result for _, found in tasks for result in found])
+    return _write(folder, _draw_tasks, summarise_tasks(tasks))
 
 
-def _write_tasks(folder: Path, summary: dict[str, Any]) -> Path:
-    with _writing(folder, summary):
-        name = "excess.png"
-        with matplotlib.rc_context(STYLE):
-            save(folder / name, excess_figure(summary))
-        page = tasks_markdown(summary, name)
-        write_whole(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
-    return folder / PAGE
+def _require_results(name: str, found: Sequence[Result]) -> None:
+    ended = any(result.state in FINISHED for result in found)
+    require(ended, f"suite {name}: no run has ended yet; start or continue noneuclid sweep first")
 
 
-def _write(folder: Path, summary: dict[str, Any], curves: Sequence[Curve]) -> Path:
-    with _writing(folder, summary):
-        draw(folder, curves)
-        page = markdown(summary, curves, [name for name in CAPTIONS if (folder / name).is_file()])
-        write_whole(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
-    return folder / PAGE
+def _draw_curves(folder: Path, summary: dict[str, Any], curves: Sequence[Curve]) -> str:
+    draw(folder, curves)
+    return markdown(summary, curves, [name for name in CAPTIONS if (folder / name).is_file()])
 
 
-@contextmanager
-def _writing(folder: Path, summary: dict[str, Any]) -> Iterator[None]:
-    """Makes the folder with results.json, and says in words what cannot be written."""
+def _draw_tasks(folder: Path, summary: dict[str, Any]) -> str:
+    with matplotlib.rc_context(STYLE):
+        save(folder / "excess.png", excess_figure(summary))
+    return tasks_markdown(summary, "excess.png")
+
+
+def _write(folder: Path, make_page: Callable[..., str], summary: dict[str, Any], *more: Any) -> Path:
+    """Writes results.json, the figures and the page; says in words what cannot be written."""
     text = json.dumps(finite(summary), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "results.json", lambda path: path.write_text(text, encoding="utf-8"))
-        yield
+        page = make_page(folder, summary, *more)
+        write_whole(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--output_dir {folder} cannot be written to: {error}; give another") from error
+    return folder / PAGE

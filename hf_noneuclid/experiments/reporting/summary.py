@@ -13,7 +13,6 @@ from hf_noneuclid.experiments.sweeping.suite import Result, Run, Suite
 FINISHED = ("done", "diverged")
 STATES = (*FINISHED, "failed", "running", "waiting")
 FRACTIONS = (0.05, 0.10)  # above the best of the setting: the limits of the basin
-FACTORS = (10, 30)  # times a best learning rate
 TARGET_DIGITS = 2
 OF_RUN = ("method", "learning_rate", "seed", "method_options", "options")
 OF_RESULT = ("state", "loss", "diverged_at", "seconds")
@@ -85,10 +84,6 @@ def _setting(suite: Suite, name: str, curves: Sequence[Curve]) -> dict[str, Any]
 def _curve(curve: Curve, best: float | None) -> dict[str, Any]:
     worst, at_least = measures.robustness(curve.rates, curve.losses, curve.best_place)
     regrets = measures.regret(curve.losses, curve.best_place)
-    at_factor: dict[str, float | None] = {}
-    for factor in FACTORS:  # None where the grid does not have this multiple of the best learning rate
-        place = measures.nearest(curve.rates, factor * curve.best.learning_rate) if curve.best else None
-        at_factor[str(factor)] = None if place is None else regrets[place]
     return {
         "label": curve.label,
         "method": curve.method,
@@ -96,7 +91,6 @@ def _curve(curve: Curve, best: float | None) -> dict[str, Any]:
         "best": _point(curve.best) if curve.best else None,
         "basins": {} if best is None else {f"{f:.0%}": _basin(curve, best, f) for f in FRACTIONS},
         "robustness": {"regret": worst, "at_least": at_least},
-        "regret_at_factor": at_factor,
         "points": [
             {**_point(point), "regret": value} for point, value in zip(curve.points, regrets, strict=True)
         ],

@@ -1,4 +1,4 @@
-"""How the report writes numbers, settings, and the options and lower bounds F* of methods."""
+"""How the report writes numbers, settings, and the options of methods."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,8 +6,6 @@ from typing import Any, TypeVar
 
 from hf_noneuclid.experiments.sweeping.suite import as_text
 
-LOWER_BOUND, FRACTION, SLACK = "loss_lower_bound", "lower_bound_fraction", "lower_bound_slack"
-RULES = ("star", "relative", "auto")
 COMMON = "common options"  # the name of a setting without options of its own
 PREFIX = "per_device_train_"  # of an option; too long for a title
 
@@ -50,32 +48,8 @@ def number(value: float | None) -> str:
 
 
 def option_words(method_options: Mapping[str, Any]) -> list[str]:
-    """The options of a method as its label shows them, the lower bound in short."""
-    is_bounded = LOWER_BOUND in method_options
-    bound = [f"F* {bound_name(method_options)}"] if is_bounded else []
-    hidden = (LOWER_BOUND, FRACTION, SLACK) if is_bounded else ()
-    return bound + [f"{key}={as_text(value)}" for key, value in method_options.items() if key not in hidden]
-
-
-def bound_name(method_options: Mapping[str, Any]) -> str:
-    """The lower bound in short: 0, 3.5, star, relative 0.7, auto 0.7, auto slack 0, or default."""
-    rule = method_options.get(LOWER_BOUND, "default")
-    words = [rule if isinstance(rule, str) else f"{rule:g}"]
-    if FRACTION in method_options:
-        words.append(str(method_options[FRACTION]))
-    if SLACK in method_options:
-        words.append(f"slack {method_options[SLACK]:g}")
-    return " ".join(words)
-
-
-def bound_order(method_options: Mapping[str, Any]) -> tuple[int, float, float, str]:
-    """Sorts numbers first, then the rules, each by its fraction and slack."""
-    rule = method_options.get(LOWER_BOUND)
-    if isinstance(rule, int | float):
-        return 0, rule, 0.0, ""
-    place = 1 + RULES.index(rule) if rule in RULES else 1 + len(RULES)
-    fraction, slack = (float(method_options.get(name) or 0.0) for name in (FRACTION, SLACK))
-    return place, fraction, slack, str(rule)
+    """The options of a method as its label shows them."""
+    return [f"{key}={as_text(value)}" for key, value in method_options.items()]
 
 
 def setting_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -85,15 +85,12 @@ def excess(entry: Entry | None, other: Entry | None) -> float | None:
     return 100 * (ours - theirs) / max(theirs, SMALLEST)
 
 
-def _entries(tasks: Iterable[Task]) -> list[Entry]:
-    return [entry for task in tasks for entry in task["entries"]]
-
-
 def _methods(tasks: Sequence[Task]) -> list[str]:
     """The methods that the suite is about: those that stand in several columns."""
     columns: dict[str, set[str]] = defaultdict(set)
-    for entry in _entries(tasks):
-        columns[entry["method"]].add(entry["column"])
+    for task in tasks:
+        for entry in task["entries"]:
+            columns[entry["method"]].add(entry["column"])
     return [method for method, found in columns.items() if len(found) > 1]
 
 
@@ -101,8 +98,8 @@ def _of_method(tasks: Sequence[Task], method: str) -> tuple[list[str], list[str]
     """The columns of a method, those of other optimizers, and the entries of each task by column."""
     others = {*_methods(tasks)} - {method}
     rows = [{e["column"]: e for e in task["entries"] if e["method"] not in others} for task in tasks]
-    kept = [entry for entry in _entries(tasks) if entry["method"] not in others]
-    own = list(dict.fromkeys(entry["column"] for entry in kept if entry["method"] == method))
+    kept = [e for task in tasks for e in task["entries"] if e["method"] not in others]
+    own = list(dict.fromkeys(e["column"] for e in kept if e["method"] == method))
     return own, list(dict.fromkeys(e["column"] for e in kept if e["method"] != method)), rows
 
 
@@ -118,7 +115,7 @@ def tasks_markdown(summary: Mapping[str, Any], figure: str) -> str:
         "Validation loss at the end of training, in nats: the mean over seeds at the best learning rate. In "
         f"brackets: the excess over the same method {TUNED}, over the seeds that both have; where that loss "
         f"is below {SMALLEST:g} nats, in percent of {SMALLEST:g} nats. *: the best learning rate is at an "
-        "end of the grid. -: no run has ended."
+        "end of the grid. -: no run has ended, or none to compare with."
     )
     parts.append(f"![Excess over {TUNED}]({figure})")
     for method in _methods(tasks):
@@ -151,8 +148,8 @@ def _counts(tasks: Sequence[Task], method: str) -> str:
     own, others, found = _of_method(tasks, method)
 
     def count(column: str, other: str, holds: Callable[[float], bool]) -> str:
-        values = (excess(row.get(column), row.get(other)) for row in found)
-        return str(sum(value is not None and holds(value) for value in values))
+        values = [value for row in found if (value := excess(row.get(column), row.get(other))) is not None]
+        return str(sum(map(holds, values))) if values else "-"
 
     head = [f"of {len(tasks)} tasks", f"within {NEAR:g} % of {TUNED}", f"worse than {FAR:g} %"]
     head += [words for other in others for words in (f"ahead of {other}", f"over {NEAR:g} % behind it")]
@@ -202,7 +199,7 @@ def excess_figure(summary: Mapping[str, Any]) -> Figure:
         axes.axvspan(-NEAR, NEAR, color="#DDDDDD", zorder=0)
         axes.set(title=method, xlabel=f"excess over {TUNED}, %", xlim=(SHOWN[0] - 1, SHOWN[1] + 1))
         axes.set_yticks(range(len(names)), names if place == 1 else [])
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         if place == 1:
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=8)
     return figure

@@ -3,16 +3,13 @@
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_noneuclid.experiments.common import markdown_table
-from hf_noneuclid.experiments.reporting.comparisons import (
-    lower_bound_section,
-    paper_section,
-    variants_section,
-)
-from hf_noneuclid.experiments.reporting.curves import Curve
+from hf_noneuclid.experiments.common import InputError, markdown_table
+from hf_noneuclid.experiments.reporting import measures
+from hf_noneuclid.experiments.reporting.curves import VARIANT_OPTIONS, Curve, Point, best_of_each, by_setting
 from hf_noneuclid.experiments.reporting.summary import STATES
 from hf_noneuclid.experiments.reporting.tables import band, loss, number, per_setting, rate
 from hf_noneuclid.experiments.sweeping.suite import as_text
@@ -23,8 +20,8 @@ Numbers = Mapping[str, Any]
 CAPTIONS = {
     "final_loss.png": "Final validation loss against learning rate: mean over seeds, with a band from the "
     "lowest to the highest seed. Solid with Momo, dashed without. Marks above the top edge: crosses where a "
-    "seed diverged, triangles where the loss is too high for the figure. If the suite compares lower bounds "
-    "F*, there is a panel for each method and a line for each bound.",
+    "seed diverged, triangles where the loss is too high for the figure. If options of the methods vary, "
+    "there is a panel for each choice.",
     "training.png": "Training and evaluation loss of each method with its best options, at its best learning "
     "rate, mean over seeds.",
     "step_size.png": "Step size τ (solid) and scheduled learning rate η (dashed) of the first seed, for each "
@@ -41,7 +38,6 @@ def markdown(summary: Numbers, curves: Sequence[Curve], figures: Sequence[str]) 
         paper_section(summary["suite"]["report"], curves),
         f"## Best final loss\n\n{_per_setting(summary, _best_table)}",
         _basin_section(summary),
-        lower_bound_section(curves),
         variants_section(curves),
         f"## Final loss at each learning rate\n\n{_per_setting(summary, _losses)}",
         _target_section(summary),
@@ -105,8 +101,7 @@ def _basin_section(summary: Numbers) -> str:
         "has ended.\n\n"
         "Robustness: the largest regret within a decade of the method's best learning rate, above or below. "
         "Regret is the final loss minus the method's own best; it is negative where a learning rate with "
-        "fewer seeds has a lower loss. ≥: the grid has no point a decade away on one side, or a gap before "
-        "it. Regret at 10 and 30 times the best learning rate: - where the grid does not have it."
+        "fewer seeds has a lower loss. ≥: the grid has no point a decade away on a side, or a gap before it."
     )
     return f"## Robustness to the learning rate\n\n{text}\n\n{_per_setting(summary, _robustness_table)}"
 
@@ -116,13 +111,13 @@ def _robustness_table(setting: Numbers) -> str:
         return "No run has ended with a finite loss."
     basins = setting["curves"][0]["basins"]
     head = ["method", *(f"basin, {fraction} (decades)" for fraction in basins)]
-    head += ["robustness: largest regret within a decade", "regret at 10x", "at 30x"]
+    head += ["robustness: largest regret within a decade"]
     rows = []
     for curve in setting["curves"]:
-        worst, at_factor = curve["robustness"], curve["regret_at_factor"].values()
+        worst = curve["robustness"]
         open_end = worst["at_least"] and worst["regret"] is not None and math.isfinite(worst["regret"])
         cells = [*map(_basin, curve["basins"].values()), "≥ " * open_end + loss(worst["regret"])]
-        rows.append([curve["label"], *cells, *map(loss, at_factor)])
+        rows.append([curve["label"], *cells])
     limits = ", ".join(f"{part} above it {loss(found['threshold'])}" for part, found in basins.items())
     best = f"Best of any method: {loss(setting['best_loss'])}; {limits}."
     return f"{best}\n\n{markdown_table(head, rows)}"
@@ -179,6 +174,74 @@ def _target_tables(setting: Numbers) -> str:
         ]
         tables += [markdown_table(head, rows)] if rows else []
     return "\n\n".join(tables)
+
+
+# ---------------------------------------------------------------- particular suites
+
+
+def paper_section(settings: Mapping[str, Any], curves: Sequence[Curve]) -> str:
+    """Our figures and the paper's, with a verdict for each; empty where the suite has none of the paper's.
+
+    Args:
+        settings: The suite's ``report``: ``paper`` (mean and std of each method, in nats per token) and
+            ``tolerance`` (nats per token, by default 0).
+        curves: The curves of all settings.
+    """
+    if not settings.get("paper"):
+        return ""
+    tolerance = float(settings.get("tolerance", 0.0))
+    text = (
+        "Allowed: two standard deviations of the difference, 2 √(std² + std²), plus a tolerance of "
+        f"{tolerance:g} nats per token. Fewer than {measures.ENOUGH_SEEDS} seeds at the best learning rate "
+        "count as not run."
+    )
+    table = partial(_paper_table, settings["paper"], tolerance)
+    return f"## Comparison with the paper\n\n{text}\n\n{per_setting(by_setting(curves), table)}"
+
+
+def _paper_table(paper: Mapping[str, Any], tolerance: float, curves: Sequence[Curve]) -> str:
+    head = ("method", "ours", "seeds", "learning rate", "paper", "difference", "allowed", "verdict")
+    best = {curve.method: curve.best for curve in best_of_each(curves)}
+    rows = []
+    for method, figures in paper.items():
+        try:
+            mean, std = float(figures["mean"]), float(figures["std"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(
+                f"report: paper: {method} is {figures}; it needs a mean and a std, in nats per token"
+            ) from None
+        point = best.get(method)
+        losses = point.losses if point else []
+        found = measures.verdict(losses, mean, std, tolerance)
+        difference = "-" if found.difference is None else f"{found.difference:+.4f}"
+        ours = [method, band(*measures.mean_std(losses)) if losses else "-", str(len(losses)), _at(point)]
+        rows.append([*ours, band(mean, std), difference, loss(found.allowed), f"**{found.word}**"])
+    return markdown_table(head, rows)
+
+
+def variants_section(curves: Sequence[Curve]) -> str:
+    """The table of the combinations of descent, norms and Momo, lowest loss first."""
+    chosen = [curve for curve in curves if curve.variant]
+    if not chosen:
+        return ""
+
+    def table(members: Sequence[Curve]) -> str:
+        head = [name.replace("_", " ") for name in VARIANT_OPTIONS]
+        head += ["best loss", "at", "regret at the highest rate"]
+        rows = []
+        for curve in sorted(members, key=lambda curve: curve.best_loss):
+            best, last = curve.best, measures.regret(curve.losses, curve.best_place)[-1]
+            found = [loss(best.loss if best else None), _at(best), loss(last)]
+            rows.append([*curve.variant, *found])
+        return markdown_table(head, rows)
+
+    groups = by_setting(chosen)
+    count = max(map(len, groups.values()))
+    return f"## The {count} variants, lowest loss first\n\n{per_setting(groups, table)}"
+
+
+def _at(point: Point | None) -> str:
+    return rate(point.learning_rate if point else None)
 
 
 # ---------------------------------------------------------------- provenance

@@ -195,16 +195,12 @@ class Suite:
         return {key: value for key, value in asdict(self).items() if key not in DESCRIPTION}
 
 
-def load_suite(name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Suite:
-    """Reads a suite without tasks, as ``load_suites`` does."""
-    (suite,) = load_suites(name_or_path, overrides)
-    return suite
-
-
 def load_suites(
     name_or_path: str | Path, overrides: Mapping[str, Any] | None = None, task: str | None = None
 ) -> list[Suite]:
     """Reads a suite, or the tasks of one that has several, and checks their form.
+
+    A suite without tasks is a list of one.
 
     Args:
         name_or_path: Name of a file in recipes/suites/, or a path that ends in .yaml.

@@ -189,14 +189,16 @@ class Collator:
 # ---------------------------------------------------------------- the loss
 
 
-def summed_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+def summed_losses(
+    logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor, ahead: int = 1
+) -> torch.Tensor:
     """The sum of the losses and the number of tokens learnt of each sequence, of shape (batch, 2).
 
-    The Trainer's own evaluation loss is a mean over batches, so that it depends on the number of devices.
+    The Trainer's own evaluation loss is a mean over batches, so that it depends on the number of devices. The
+    logits of a token are for the one that is so many ahead.
     """
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    targets = labels[:, 1:]
-    losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    logits, targets = logits[0] if isinstance(logits, tuple) else logits, labels[:, ahead:]
+    losses = cross_entropy(logits[:, : targets.shape[1]].float().transpose(1, 2), targets, reduction="none")
     return torch.stack([losses.sum(dim=1), (targets != IGNORED).sum(dim=1)], dim=1)
 
 

@@ -16,9 +16,9 @@ from hf_noneuclid.experiments.training.checkpoints import check_folder
 from hf_noneuclid.experiments.training.options import DEFAULT_MODEL, given
 
 # Of the classifier, unless the user says otherwise. The beginning of a docstring tells its library, and many
-# beginnings teach more than a few whole ones; a step has as many tokens as the language model's. Gradients
-# are small: a learning rate that suits the language model would hardly move the classifier.
-CLASSIFIER = {"block_size": 64, "per_device_train_batch_size": 32, "max_steps": 100, "learning_rate": 1e-2}
+# beginnings teach more than a few whole ones; a step has as many tokens as the language model's.
+CLASSIFIER = {"block_size": 64, "per_device_train_batch_size": 32, "max_steps": 100}
+PLAIN_LEARNING_RATE = 1e-2  # gradients are small: what suits the language model would hardly move it
 FIRST_MODEL = {"model_package": None, "gguf_file": None, "tokenizer_name": None, "model_revision": None}
 
 
@@ -49,6 +49,8 @@ def run_default(argv: Sequence[str], model_args: Any, args: Any) -> None:
         commands.insert(0, ["pretrain.py", f"--output_dir={DEFAULT_MODEL}", *more])
     model = {**FIRST_MODEL, "model_name_or_path": str(first)}
     options = {**CLASSIFIER, **given(argv, "finetune", "classify"), **model, "output_dir": str(second)}
+    if args.learning_rate is None:
+        options["learning_rate"] = PLAIN_LEARNING_RATE
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "library.yaml"
     config.write_text(yaml.safe_dump(options), encoding="utf-8")

@@ -2,14 +2,18 @@
 
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from hf_noneuclid.experiments.common import require
+from hf_noneuclid.experiments.training import causal
 from hf_noneuclid.experiments.training.packing import IGNORED, collate
+
+summed_losses = partial(causal.summed_losses, ahead=0)
+"""The sum of the losses and the number of hidden tokens of each block, of shape (batch, 2)."""
 
 CHOSEN = 0.15  # of the tokens are to be learnt, as in BERT
 MASKED, REPLACED = 0.8, 0.1  # of those are hidden, or replaced by a random token; the others stay
@@ -40,10 +44,3 @@ class MaskingCollator:
         generator = torch.Generator().manual_seed(zlib.crc32(tokens.numpy().tobytes()))
         others = torch.randint(len(self.tokenizer), tokens.shape, generator=generator)
         return torch.rand(tokens.shape, generator=generator), others
-
-
-def summed_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
-    """The sum of the losses and the number of hidden tokens of each block, of shape (batch, 2)."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    losses = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    return torch.stack([losses.sum(dim=1), (labels != IGNORED).sum(dim=1)], dim=1)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -17,6 +17,7 @@ from hf_noneuclid.experiments.common import ExitCode, InputError, require
 from hf_noneuclid.experiments.training import arguments
 from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL as DEFAULT_MODEL
 from hf_noneuclid.experiments.training.arguments import option
+from hf_noneuclid.methods import all_names, default_learning_rate, step_size_of
 
 OUTPUT = "Where checkpoints, the model, metrics.json and curves.png go."
 
@@ -24,6 +25,9 @@ OUTPUT = "Where checkpoints, the model, metrics.json and curves.png go."
 @dataclass
 class RecipeArguments(TrainingArguments):
     """The Trainer's own arguments with the defaults of the recipes, and what they add to them."""
+
+    plain_learning_rate: ClassVar[float | None] = 1e-2
+    """Where the learning rate alone decides how long steps are; None: the preset's."""
 
     output_dir: str = option(DEFAULT_MODEL, OUTPUT)
     overwrite_output_dir: bool = option(False, "Delete what an earlier run left in the output folder.")
@@ -38,7 +42,9 @@ class RecipeArguments(TrainingArguments):
     data_license: str | None = option(None, "Licence of the data for the model card, where it is not known.")
 
     optim: str = option("muonmax_momo", "A method of hf_noneuclid or an optimizer of the Trainer.")
-    learning_rate: float | None = option(1e-2, "Peak learning rate.")
+    learning_rate: float | None = option(
+        None, "Peak learning rate. Default: 1.0 where it only bounds the step size, otherwise 0.01."
+    )
     lr_scheduler_type: str = option(
         "warmup_stable_decay", "Without lr_scheduler_kwargs: constant, then linear down to 10%% of the peak."
     )
@@ -61,6 +67,9 @@ class RecipeArguments(TrainingArguments):
         secrets.keep_token(self)
         if self.peer:
             self.optim = "adamw_torch"  # so that no method of ours is prepared
+        if self.learning_rate is None:
+            ours = default_learning_rate(self.step_size or "rate")
+            self.learning_rate = self.plain_learning_rate if ours is None else ours
         super().__post_init__()
         if self.max_steps > 0:  # Schedule-Free reads the warm-up as a number of steps
             self.warmup_steps = self.get_warmup_steps(self.max_steps)
@@ -98,6 +107,12 @@ class RecipeArguments(TrainingArguments):
         return self.peer or str(getattr(self.optim, "value", self.optim))
 
     @property
+    def step_size(self) -> str | None:
+        """What bounds the step size; None for an optimizer that is not of this package."""
+        given = common.option_pairs(self.optim_args)
+        return step_size_of(self.method, given) if self.method in all_names() else None
+
+    @property
     def sequences_per_step(self) -> int:
         """The global batch size: sequences in a step on all devices together."""
         return int(self.train_batch_size * self.gradient_accumulation_steps * self.world_size)
@@ -122,8 +137,12 @@ class PretrainArguments(SampleArguments, RecipeArguments):
 class ClassifyArguments(RecipeArguments):
     """How classify.py trains."""
 
+    plain_learning_rate: ClassVar[float | None] = None
+
     output_dir: str = option("outputs/classify", OUTPUT)
-    learning_rate: float | None = option(None, "Peak learning rate. Default: the preset's.")
+    learning_rate: float | None = option(
+        None, "Peak learning rate. Default: 1.0 where it only bounds the step size, otherwise the preset's."
+    )
     preset: bool = option(True, "Take options of our methods that are not given from training/presets.py.")
     max_steps: int = option(60, "Steps; -1 to train for num_train_epochs instead.")
     include_num_input_tokens_seen: str = option("all", "Which tokens are counted: all, non_padding, no.")

@@ -1,10 +1,15 @@
-"""Three steps with an engine on the processes of torchrun: bytes sent and kept, beside the prediction.
+"""Three steps with engines on the processes of torchrun: bytes sent and kept, beside the prediction.
 
-The engines are used as they are, without the Trainer: ``DistributedDataParallel``, ``fully_shard`` on a
-mesh of one or two dimensions, and ``deepspeed.initialize``.
+    torchrun --nproc_per_node=2 tests/distributed/plan_worker.py --engine ddp fsdp2 zero1 zero2 zero3
+    torchrun --nproc_per_node=4 tests/distributed/plan_worker.py --engine hsdp --gpus_per_node 2
+
+Prints a JSON object for each engine and rank. The engines are used as they are, without the Trainer:
+``DistributedDataParallel``, ``fully_shard`` on a mesh of one or two dimensions, and ``deepspeed.initialize``.
 """
 
+import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,9 +22,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PretrainedConfig as Config
 
 from hf_noneuclid import NonEuclideanDescent, methods, one_group
-from hf_noneuclid.experiments.costs.engines import Grid, grid_of
-from hf_noneuclid.experiments.costs.models import build
+from hf_noneuclid.experiments.costs.engines import ENGINES, Grid, grid_of
+from hf_noneuclid.experiments.costs.models import build, load_config
 from hf_noneuclid.experiments.costs.step import Costs, shapes_of
+from hf_noneuclid.options import NUCLEAR_NORMS
 
 STEPS = 3
 BATCH = (2, 8)  # rows and tokens of each GPU
@@ -76,7 +82,7 @@ def _measure_engine(
         tokens = torch.randint(config.vocab_size, BATCH, generator=generator).to(device)
         _step(wrapped, optimizer, tokens)
     sent = optimizer.diagnostics()["bytes_sent"]
-    predicted = costs.sent_by_collective()
+    predicted = _by_collective(costs)
     measured = {name: sent.get(name, 0) / STEPS for name in predicted}
     place = divmod(rank, grid[1])
     return {
@@ -86,6 +92,17 @@ def _measure_engine(
         "predicted": {
             name: int(by_rank[place]) for name, by_rank in {**predicted, "state": costs.state_bytes()}.items()
         },
+    }
+
+
+def _by_collective(costs: Costs) -> dict[str, Any]:
+    """What each rank sends in a step, as the optimizer's diagnostics count it."""
+    sent = costs.sent_bytes()
+    return {
+        "all_to_all": sent["momentum"] + sent["directions"],
+        "all_gather": costs.direction_bytes * costs.gathered,
+        "broadcast": costs.broadcast,
+        "all_reduce": sent["scalars"],
     }
 
 
@@ -152,3 +169,23 @@ def _deepspeed(model: nn.Module, optimizer: NonEuclideanDescent, stage: int) -> 
         "zero_allow_untested_optimizer": True,
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--engine", choices=ENGINES, nargs="+", required=True)
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="the number of shards of hsdp")
+    parser.add_argument("--optim", default="muonmax_momo")
+    parser.add_argument("--nuclear_norm", choices=NUCLEAR_NORMS, default="exact")
+    args = parser.parse_args()
+    config = load_config(args.model)
+    for row in measure(config, args.engine, args.optim, args.nuclear_norm, args.gpus_per_node):
+        print(json.dumps(row))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # CPU workers sometimes abort while the interpreter shuts down
+
+
+if __name__ == "__main__":
+    main()
