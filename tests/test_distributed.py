@@ -307,7 +307,7 @@ def move_along_ones(parameters, coefficients):
     bucket = MatrixBucket(
         parameters,
         0,
-        Remembered(states, []),
+        Remembered(states, [], slope=False),
         Workplace(torch.zeros(()), chunk=1024, foreach=False, replica=0),
         norm=ExactNuclearNorm(),
         spectral=Spectral(),
