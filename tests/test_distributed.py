@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_noneuclid import NonEuclideanDescent
-from hf_noneuclid.buckets import MatrixBucket, Remembered, Workplace
+from hf_noneuclid.buckets import MatrixBucket, Motion, Remembered, Workplace
 from hf_noneuclid.distributed import LocalShard, ProcessGrid, fsdp2, zero
 from hf_noneuclid.distributed.agreement import gather_intervals
 from hf_noneuclid.distributed.exchange import Exchange
@@ -316,7 +316,8 @@ def move_along_ones(parameters, coefficients):
         reuse_gradients=False,
     )
     zeros = torch.zeros(bucket.units)
-    bucket.apply(Measured(zeros, Polar([], zeros)), zeros, coefficients, torch.zeros(()))
+    motion = Motion(coefficients, coefficients, decay_rate=torch.zeros(()), ok=torch.tensor(True))
+    bucket.apply(Measured(zeros, Polar([], zeros)), zeros, motion)
 
 
 stacks = st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(1, 3))
