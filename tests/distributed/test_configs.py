@@ -81,7 +81,8 @@ def run(config, overrides, folder, text_file, *options):
     processes = int(shlex.split(overrides)[1])
     recipe = [
         *shlex.split(RECIPE),
-        *("--optim_args", "loss_lower_bound=0.0"),  # a few steps: the automatic one holds the first back
+        # A few steps: those of the slope would still be tiny.
+        *("--optim_args", "step_size=momo,loss_lower_bound=0.0", "--learning_rate", "0.01"),
         *("--per_device_train_batch_size", str(GLOBAL_BATCH // processes)),
         *("--train_files", str(text_file), "--output_dir", str(folder / "run"), *options),
     ]
