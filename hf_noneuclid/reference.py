@@ -123,11 +123,11 @@ class ReferenceDescent:
                 self.F_star = -1e30  # it was not a lower bound; the slope is enough
             h = self.f_bar + self._sum((x.p, x.m) for x in self.parameters) - self.weight * self.F_star
             limit = torch.minimum(limit, h.clamp(min=0) / (D * unit))
+        limit = torch.where(D > 0, limit, 0)
         tau = [limit.item()] * 2
         if "slope" in self.bounds:
             lengths = self._follow_slope(shares, eta, D.item(), (limit * unit).item(), is_first)
-            tau = [length / unit.item() if D > 0 else 0.0 for length in lengths]
-        tau = [t if D > 0 else 0.0 for t in tau]
+            tau = [length / max(unit.item(), TINY) for length in lengths]
 
         for x, c in zip(self.parameters, shares, strict=True):
             t = tau[x.norm != "spectral"]
