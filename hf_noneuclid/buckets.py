@@ -122,6 +122,8 @@ class Bucket:
         self.units = sum(x.units for x in parameters)
         self.weight_decay = parameters[0].weight_decay
         self._workplace, self._remembered = workplace, remembered
+        # Scalars and directions are made where the collectives are; offloaded parameters are elsewhere.
+        self._to_parameters = operator.methodcaller("to", parameters[0].shard.tensor.device)
         self._counts = [x.units for x in parameters]
         # The parameters of which this rank holds anything; everything below is about these.
         self.local = [x for x in parameters if x.shard.size]
@@ -268,21 +270,21 @@ class VectorBucket(Bucket):
             dual: d, of shape (units,).
             motion: How far.
         """
-        length = self.norm.length(dual)
-        by_unit, per_length = torch.stack([motion.coefficients, motion.per_length]) / (
-            torch.ones_like(dual) if length is None else length
-        )
-        decay = motion.decay_rate * self.weight_decay if self.weight_decay else None
+        coefficients, per_length, decay_rate, ok = map(self._to_parameters, motion)
+        if (length := self.norm.length(dual)) is not None:
+            length = self._to_parameters(length)
+            coefficients, per_length = coefficients / length, per_length / length
+        decay = decay_rate * self.weight_decay if self.weight_decay else None
         m, v, last = self.momenta(), self.second_moments(), self.last_steps()
         columns = (self.values(), m, v or m, last or m)
         for indices, (p, m_chunk, v_chunk, last_chunk) in chunks(self._workplace.chunk, *columns):
             # The directions are computed again, since keeping them would take as much memory as m.
             directions = self.norm.direction(m_chunk, v_chunk)
             positions = [self._positions[i] for i in indices]
-            move_(p, directions, [by_unit[i] for i in positions], decay, self._workplace.foreach)
+            move_(p, directions, [coefficients[i] for i in positions], decay, self._workplace.foreach)
             if last:
                 shares = [per_length[i] for i in positions]
-                scale_(last_chunk, directions, shares, motion.ok, self._workplace.foreach)
+                scale_(last_chunk, directions, shares, ok, self._workplace.foreach)
 
 
 class MatrixBucket(Bucket):
@@ -338,11 +340,15 @@ class MatrixBucket(Bucket):
         polar = measured.polar or self.polar()
         directions = self._exchange.scatter(polar.factors)  # all ranks take part
         values = self.values()
-        local = [directions[i].reshape(p.shape) for i, p in zip(self._positions, values, strict=True)]
-        decay = motion.decay_rate * self.weight_decay if self.weight_decay else None
-        move_(values, local, self._spread(motion.coefficients), decay, self._workplace.foreach)
+        coefficients, per_length, decay_rate, ok = map(self._to_parameters, motion)
+        local = [
+            self._to_parameters(directions[i]).reshape(p.shape)
+            for i, p in zip(self._positions, values, strict=True)
+        ]
+        decay = decay_rate * self.weight_decay if self.weight_decay else None
+        move_(values, local, self._spread(coefficients), decay, self._workplace.foreach)
         if last := self.last_steps():
-            scale_(last, local, self._spread(motion.per_length), motion.ok, self._workplace.foreach)
+            scale_(last, local, self._spread(per_length), ok, self._workplace.foreach)
         return polar.nuclear_norms
 
     def polar(self, grads: Tensors | None = None) -> Polar:
@@ -374,7 +380,7 @@ class MatrixBucket(Bucket):
         return stack_scalars(torch._foreach_norm(parts), self._workplace.like).square()
 
     def _for_all(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Fills in an empty tensor for every parameter of which this rank holds nothing."""
+        """Adds an empty tensor for each parameter that this rank holds nothing of."""
         if len(tensors) == len(self.parameters):
             return tensors
         rest = iter(tensors)

@@ -168,12 +168,10 @@ def move_(
     """
     if not params:
         return
-    device, is_half = params[0].device, params[0].dtype in _HALF
+    is_half = params[0].dtype in _HALF
     p: Tensors = [x.float() for x in params] if is_half else params
-    if directions[0].device != device or coefficients[0].device != device:  # the parameters are offloaded
-        directions, coefficients = ([x.to(device) for x in xs] for xs in (directions, coefficients))
     if decay is not None:
-        torch._foreach_mul_(p, (1 - decay).to(device))
+        torch._foreach_mul_(p, 1 - decay)
     if foreach:
         torch._foreach_addcmul_(p, directions, coefficients)
     else:  # foreach would convert a direction in half precision in a pass of its own
@@ -195,9 +193,5 @@ def scale_(targets: Tensors, xs: Tensors, coefficients: Tensors, ok: Tensor, for
     """
     if not targets or not (foreach or ok):
         return
-    device = targets[0].device
-    if xs[0].device != device or coefficients[0].device != device:  # the parameters are offloaded
-        xs, coefficients = ([x.to(device) for x in ys] for ys in (xs, coefficients))
-        ok = ok.to(device)
     for target, x, c in zip(targets, xs, coefficients, strict=True):
         target.copy_(torch.where(ok, x * c, target) if foreach else x * c)

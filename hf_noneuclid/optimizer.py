@@ -271,7 +271,8 @@ class NonEuclideanDescent(Optimizer):
         n = plan.matrix_units
         D, matrix_shares, vector_shares = plan.product_norm.compose(d[:n], d[n:])
         shares = torch.cat([matrix_shares, vector_shares])
-        duals = torch.stack([(shares * d)[:n].sum(), (shares * d)[n:].sum()])
+        shared_d = shares * d
+        duals = torch.stack([shared_d[:n].sum(), shared_d[n:].sum()])
         unit = D if plan.options.descent == "regularized" else torch.ones_like(D)
         chosen = self._step_size(plan, checked, dual.inner, D, duals, unit)
         # Momenta are finite here, but sums of large ones may not be: then nothing moves, and the step is bad.

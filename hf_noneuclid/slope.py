@@ -53,11 +53,11 @@ import torch
 from torch import Tensor
 
 GROWTH = 0.7
-"""The largest change of log τ in a step of growth: a factor of 2."""
+"""The largest change of the logarithm of the length in a step of growth: a factor of 2."""
 FALLEN = 0.5
 """Growth ends where the slope is below this part of its largest value."""
 RETREAT = 0.25
-"""The part of the step size that is kept then."""
+"""The part of the length that is kept then."""
 TARGET = 0.07
 """The slope that pursuit aims at, as a part of D."""
 STEADY = 0.15
