@@ -131,9 +131,9 @@ def test_the_step_size_is_chosen_on_five_tasks_and_judged_on_fifteen_others():
         for block in suite.grid:
             tuned = block["column"] in ("tuned", "AdamW")
             assert not tuned or len(block["learning_rate"]) == 4
-            assert block.get("more_seeds", True) == (tuned or block["column"].startswith("rule"))
+            assert block.get("more_seeds", True) or not (tuned or block["column"] == "rule and Momo")
         flags = {run.method: recipe_flags(suite, run, 1) for run in suite.runs()[::-1]}
-        assert {flags[method]["warmup_steps"] for method in ("muon", "scion", "muonmax")} == {0.1}
+        assert {flags[method]["warmup_steps"] for method in ("scion", "muonmax")} == {0.1}
 
 
 # ---------------------------------------------------------------- tasks
