@@ -160,6 +160,21 @@ def test_the_learning_rate_is_an_upper_bound_and_nothing_else(method):
     assert same_bits(*nets)
 
 
+@pytest.mark.parametrize("offset", [-1e3, 1e3])
+@pytest.mark.parametrize("method", PLAIN)
+def test_a_constant_in_the_loss_changes_nothing_with_momo_either(method, offset):
+    """Below 0 its lower bound is not believed; far above, its model allows longer steps than the slope."""
+    plain, _, _ = train(method)
+    net = Net()
+    optimizer = create_optimizer(net, f"{method}_momo", lr=1.0)
+    for x, y in batches(60):
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss + offset)
+        optimizer.zero_grad()
+    assert same_bits(plain, net)
+
+
 @pytest.mark.parametrize("method", PLAIN)
 def test_no_step_was_limited_by_a_learning_rate_of_1_and_all_are_by_a_tiny_one(method):
     _, optimizer, losses = train(method, 200)
@@ -198,8 +213,11 @@ def test_from_any_first_step_it_comes_to_what_the_best_of_four_learning_rates_co
     assert max(ends) < 1.5 * control, (ends, control)
 
 
+@pytest.mark.parametrize("lr", [1.0, 4.0])
 @pytest.mark.parametrize("method", PLAIN)
-def test_it_goes_on_from_a_checkpoint_with_the_same_bits(method):
+def test_it_goes_on_from_a_checkpoint_with_the_same_bits(method, lr):
+    """Also at a higher learning rate than that of the checkpoint."""
+
     def steps(net, optimizer, data):
         for x, y in data:
             (net(x) - y).square().mean().backward()
@@ -216,6 +234,8 @@ def test_it_goes_on_from_a_checkpoint_with_the_same_bits(method):
     other.load_state_dict(saved[0])
     resumed = create_optimizer(other, method, lr=1.0, step_size="slope", weight_decay=0.1)
     resumed.load_state_dict(saved[1])
+    for group in resumed.param_groups:
+        group["lr"] = lr
     steps(other, resumed, data[14:])
     assert same_bits(net, other)
 
@@ -264,14 +284,15 @@ def test_parameters_that_join_freeze_and_come_back_are_stepped():
 # -------------------------------------------------------------------- what goes wrong
 
 
-def disturbed(method, disturb, **options):
-    """The mean of the last losses where ``disturb(step)`` multiplies every loss; None takes its gradient."""
+def disturbed(method, name, **options):
+    """The mean of the last losses under a disturbance."""
     net = Net()
     optimizer = create_optimizer(net, method, **options)
     losses = []
     for step, (x, y) in enumerate(batches(300)):
-        loss = (net(x) - y).square().mean()
-        (loss * disturb(step)).backward()
+        factor, target = DISTURBANCES[name](step)
+        loss = (net(x) - target * y).square().mean()
+        (factor * loss).backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -279,17 +300,19 @@ def disturbed(method, disturb, **options):
 
 
 DISTURBANCES = {
-    "vanishing gradients": lambda step: 0.0 if 100 <= step < 200 else 1.0,
-    "a loss ten times as large": lambda step: 10.0 if step >= 100 else 1.0,
-    "a loss ten times as small": lambda step: 0.1 if step >= 100 else 1.0,
-    "a spike": lambda step: 1e4 if step == 100 else 1.0,
+    "vanishing gradients": lambda step: (0.0 if 100 <= step < 200 else 1.0, 1.0),
+    "a loss ten times as large": lambda step: (10.0 if step >= 100 else 1.0, 1.0),
+    "a loss ten times as small": lambda step: (0.1 if step >= 100 else 1.0, 1.0),
+    "a spike": lambda step: (1e4 if step == 100 else 1.0, 1.0),
+    "two tasks that alternate": lambda step: (1.0, 1.0 if step // 50 % 2 else -1.0),
 }
+"""For each step, the factor of its loss and that of its targets."""
 
 
 @pytest.mark.parametrize("name", DISTURBANCES)
 @pytest.mark.parametrize("method", PLAIN)
 def test_what_disturbs_the_gradients_is_survived_as_well_as_by_the_method_alone(method, name):
     """The control is the method at the best of four learning rates, under the same disturbance."""
-    ours = disturbed(method, DISTURBANCES[name], lr=1.0, step_size="slope")
-    control = min(disturbed(method, DISTURBANCES[name], lr=lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2))
+    ours = disturbed(method, name, lr=1.0, step_size="slope")
+    control = min(disturbed(method, name, lr=lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2))
     assert ours < 1.5 * control, (ours, control)
