@@ -301,7 +301,7 @@ class NonEuclideanDescent(Optimizer):
         learned: dict[str, Tensor] = {}
         if checked.loss is not None and plan.momo:
             bound = torch.full_like(D, options.loss_lower_bound)
-            if plan.slope:  # which bounds the step without it, too
+            if plan.slope:  # then a number that proves wrong need not stop the training
                 bound = believed_bound(shared["lower_bound_memory"][0], checked.loss)
                 learned["lower_bound_memory"] = bound.reshape(1)
             height = model_height(shared["running_loss"], inner, shared["running_weight"], bound)

@@ -14,7 +14,7 @@ def tensors(*values):
     return [torch.tensor(value, dtype=torch.float64) for value in values]
 
 
-def test_the_height_is_what_the_linearisations_say_less_the_bound_where_gradients_were_not_clipped():
+def test_the_height_is_what_the_linearisations_say_less_the_bound_times_their_weight():
     assert model_height(*tensors(2.0, 0.5, 1.0, -1.5)) == 4.0
     assert model_height(*tensors(2.0, 0.5, 0.25, -2.0)) == 3.0
 

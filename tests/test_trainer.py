@@ -868,19 +868,18 @@ def test_other_callbacks_see_the_step_size_in_the_log(arguments):
     assert seen[:4] == logged(trainer, "step_size")
 
 
-MOMO = {"optim_args": "step_size=momo"}
-
-
 @BY_NAME_AND_BY_CLASS
 def test_a_huge_learning_rate_is_truncated_and_the_log_shows_it(arguments, trainer_class):
-    trainer, _ = train(trainer_class, arguments(**MOMO, learning_rate=100.0, max_steps=6, logging_steps=3))
+    trainer, _ = train(
+        trainer_class, arguments(optim_args=MOMO_ALONE, learning_rate=100.0, max_steps=6, logging_steps=3)
+    )
     assert logged(trainer, "truncation_rate") == [1.0, 1.0]
     pairs = zip(logged(trainer, "step_size"), logged(trainer, "learning_rate"), strict=True)
     assert all(0 <= step_size < learning_rate for step_size, learning_rate in pairs)
 
 
 def test_a_step_size_that_is_not_truncated_is_the_learning_rate(arguments):
-    trainer, _ = train(Trainer, arguments(**MOMO, learning_rate=1e-4))
+    trainer, _ = train(Trainer, arguments(optim_args=MOMO_ALONE, learning_rate=1e-4))
     assert logged(trainer, "step_size") == pytest.approx(logged(trainer, "learning_rate"), rel=1e-6)
     assert logged(trainer, "truncation_rate") == [0.0] * 4
 
