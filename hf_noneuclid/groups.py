@@ -136,7 +136,8 @@ def check_checkpoint(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Compares the options of a group with those of its checkpoint, which will replace them.
 
     Raises:
-        ValueError: The checkpoint is of another method. Other differences are warned of.
+        ValueError: The checkpoint is of another method, or has an option with a value that was removed since.
+            Other differences are warned of.
     """
     for name in CHECKPOINT_MUST_MATCH:
         if saved.get(name) != ours[name]:
@@ -144,6 +145,7 @@ def check_checkpoint(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
                 f"the checkpoint was made with {name}={saved.get(name)!r}, this optimizer with "
                 f"{name}={ours[name]!r}. Go on with the method of the checkpoint, or start without its state."
             )
+    Options.of({**ours, **saved}, "the checkpoint cannot be resumed, start from its model alone: ")
     for name in options.fields(Options, ParameterOptions):
         if name in saved and saved[name] != ours[name]:
             warnings.warn(

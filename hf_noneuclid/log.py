@@ -149,34 +149,22 @@ class StepLog:
         )
 
     def _warn_of_low_loss(self, loss: float, bound: float | None) -> None:
-        rule = self._optimizer.param_groups[0]["loss_lower_bound"]
-        is_low = rule != "auto" and (bound is None or loss < (0 if isinstance(rule, str) else bound))
-        if self._warned_of_bound or not is_low:
+        if self._warned_of_bound or not (bound is None or loss < bound):
             return
         self._warned_of_bound = True
-        if bound is None and not isinstance(rule, str):
+        number = self._optimizer.param_groups[0]["loss_lower_bound"]
+        if bound is None:
             logger.warning(
                 "a loss was below loss_lower_bound=%s: the bound is wrong for this loss, and is not used any "
                 "more. The slope alone bounds the steps.",
-                rule,
-            )
-            return
-        if bound is None:
-            logger.warning(
-                "the loss is %g, and its mean is not above 0, where loss_lower_bound=%s knows no bound: Momo "
-                "does not truncate these steps. Give a number that the loss does not go below, or use the "
-                "method without Momo.",
-                loss,
-                rule,
+                number,
             )
             return
         logger.warning(
-            "the loss, %g, is below loss_lower_bound=%s (%g): the bound is wrong for this loss, and Momo "
-            "takes steps that are too short, or none. Give a bound that holds, or use the method without "
-            "Momo.",
+            "the loss, %g, is below loss_lower_bound=%s: the bound is wrong for this loss, and Momo takes "
+            "steps that are too short, or none. Give a bound that holds, or use the method without Momo.",
             loss,
-            rule,
-            bound,
+            number,
         )
 
 

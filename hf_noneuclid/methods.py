@@ -111,7 +111,7 @@ def parse_options(text: Mapping[str, str]) -> dict[str, Any]:
             values[name] = rule.parse(value) if rule else value
         except (ValueError, KeyError):
             assert rule is not None
-            raise ValueError(f"option {name} must be {rule.words}, not {value!r}.") from None
+            raise ValueError(f"option {name} {rule.refusal(value)}") from None
     return values
 
 

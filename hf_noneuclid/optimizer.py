@@ -21,7 +21,7 @@ from . import options as known_options
 from .buckets import Motion
 from .diagnostics import Diagnostics, StepRecord
 from .elementwise import Tensors, as_scalar
-from .momo import Seen, model_value, truncated_step_size
+from .momo import believed_bound, model_height, truncated_step_size
 from .nuclear_norms import Measured
 from .options import Options
 from .plan import Plan, make_plan
@@ -131,8 +131,8 @@ class NonEuclideanDescent(Optimizer):
 
     References:
         M. Crawshaw, C. Modi, M. Liu, R. M. Gower, "An Exploration of Non-Euclidean Gradient Descent: Muon
-        and its Many Variants", arXiv 2510.09827, 2025. Its method has ``step_size="momo"`` or ``"rate"``, a
-        number as ``loss_lower_bound``, and ``decay_at="rate"``.
+        and its Many Variants", arXiv 2510.09827, 2025. Its method has ``step_size="momo"`` or ``"rate"``,
+        and ``decay_at="rate"``.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, **options: Any) -> None:
@@ -300,11 +300,11 @@ class NonEuclideanDescent(Optimizer):
         tau, bound, is_truncated = limit, None, torch.zeros_like(checked.ok)
         learned: dict[str, Tensor] = {}
         if checked.loss is not None and plan.momo:
-            rule, memory = plan.lower_bound, shared.get("lower_bound_memory", plan.like)
-            weight = shared["running_weight"]
-            seen = Seen(checked.loss, model_value(shared["running_loss"], inner) / weight, plan.eta)
-            bound = rule.bound(memory, seen)
-            height = rule.part(memory, seen) * (seen.model - bound) * weight
+            bound = torch.full_like(D, options.loss_lower_bound)
+            if plan.slope:  # then a number that proves wrong need not stop the training
+                bound = believed_bound(shared["lower_bound_memory"][0], checked.loss)
+                learned["lower_bound_memory"] = bound.reshape(1)
+            height = model_height(shared["running_loss"], inner, shared["running_weight"], bound)
             tau = truncated_step_size(limit, height, D, options.descent)
             is_truncated = tau < limit
         if plan.slope:
@@ -320,9 +320,6 @@ class NonEuclideanDescent(Optimizer):
             is_truncated = is_truncated & (lengths == reading.limit).any()
             tau = torch.where(D == 0, 0, lengths / unit)
         tau = tau.expand(2)
-        if bound is not None and rule.initial:
-            decrease = (tau * unit * duals).sum() / weight
-            learned["lower_bound_memory"] = rule.remember(memory, seen, decrease)
         # The slope reaches η up to the rounding of a logarithm.
         is_limited = ((tau >= (1 - 1e-5) * limit) & (tau > 0)).any()
         return StepSize(tau, is_limited, is_truncated, bound, learned)
@@ -463,10 +460,11 @@ class NonEuclideanDescent(Optimizer):
             ``vector_step_size`` τ of the vectors (they differ by the slope alone), ``truncated`` (Momo
             bounds the step), ``limited`` (the learning rate does), ``dual_norm`` D, ``loss`` (mean over the
             ranks, None if unknown), ``running_loss`` f̄ (None without Momo), ``loss_lower_bound`` F* (None
-            where a rule knows none), ``nuclear_norms`` by the matrix's name (as the step used them: exact,
-            stale or Frobenius), and counts since the optimizer was made: ``steps``, ``truncated_steps``,
-            ``limited_steps``, ``zero_steps`` (τ was 0), ``bad_steps``, ``consecutive_bad_steps``, and
-            ``first_fatal_step``, where the last ten bad steps in a row began (0 if that did not happen).
+            without Momo, and once a loss was below it if the slope bounds steps, too), ``nuclear_norms`` by
+            the matrix's name (as the step used them: exact, stale or Frobenius), and counts since the
+            optimizer was made: ``steps``, ``truncated_steps``, ``limited_steps``, ``zero_steps`` (τ was 0),
+            ``bad_steps``, ``consecutive_bad_steps``, and ``first_fatal_step``, where the last ten bad steps
+            in a row began (0 if that did not happen).
             ``bytes_sent`` is what this rank has sent to others for the steps so far, by collective; empty
             on one device.
         """

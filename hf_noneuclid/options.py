@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, get_args
 
-from .momo import BOUND_RULES, DESCENTS, BoundRule, Descent
+from .momo import DESCENTS, Descent
 from .norms import NORMS, VECTOR_NORMS, NormName, VectorNormName
 from .polar import POLAR_METHODS, PolarMethod
 from .product_norms import PRODUCT_NORMS, ProductNormName
@@ -38,6 +38,15 @@ class Rule:
     holds: Callable[[Any], bool]
     parse: Callable[[str], Any] = str
     """Makes a value of text. Raises ValueError or KeyError if the text has another type."""
+    removed: tuple[str, ...] = ()
+    """Values that the option took once."""
+    instead: str = ""
+    """What to do instead of giving one of these."""
+
+    def refusal(self, value: Any) -> str:
+        """Completes an error that begins with the name of the option."""
+        text = f"must be {self.words}, not {value!r}."
+        return f"{text} {self.instead}" if str(value) in self.removed else text
 
 
 def _integer(words: str, holds: Callable[[int], bool]) -> Rule:
@@ -55,18 +64,15 @@ def _one_of(names: Sequence[str]) -> Rule:
     return Rule("one of " + ", ".join(names), lambda x: isinstance(x, str) and x in names)
 
 
-def _number_or(names: Sequence[str]) -> Rule:
-    number, name = _number("a finite number"), _one_of(names)
-    return Rule(
-        f"{number.words}, or {name.words}",
-        lambda x: number.holds(x) or name.holds(x),
-        lambda text: text if text in names else float(text),
-    )
-
-
 _FRACTION = _number("a number in [0, 1)", lambda x: 0 <= x < 1)
 _POSITIVE = _number("a finite number > 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("a finite number >= 0", lambda x: x >= 0)
+_LOWER_BOUND = dataclasses.replace(
+    _number("a finite number"),
+    removed=("auto", "relative", "star"),
+    instead="The rules auto, relative and star were removed; step_size=momo+slope, the default of "
+    "muonmax_momo, needs none of them.",
+)
 _COUNT = _integer("an integer >= 1", lambda x: x >= 1)
 _BOOLEAN = Rule(
     "true or false", lambda x: isinstance(x, bool), lambda text: {"true": True, "false": False}[text.lower()]
@@ -104,25 +110,10 @@ class Options:
     first_step: float = _option(
         _POSITIVE, "length of the first step, in the product norm", 1e-5, only="slope"
     )
-    loss_lower_bound: float | BoundRule = _option(
-        _number_or(BOUND_RULES),
-        "F*, a lower bound of the loss, or a rule that estimates one while training",
+    loss_lower_bound: float = _option(
+        _LOWER_BOUND,
+        "F*, a lower bound of the loss; momo+slope drops it when a loss is below",
         0.0,
-        only="momo",
-    )
-    lower_bound_fraction: float = _option(
-        _FRACTION, "auto, relative: F* as a fraction of a running mean of the loss", 0.85, only="momo"
-    )
-    lower_bound_horizon: float = _option(
-        _number("a number of steps >= 1", lambda x: x >= 1),
-        "auto, relative: number of steps that the running mean remembers",
-        10.0,
-        only="momo",
-    )
-    lower_bound_slack: float = _option(
-        _NOT_NEGATIVE,
-        "auto: F* is at least this far below the running mean, in units of the loss",
-        0.5,
         only="momo",
     )
     momentum: float = _option(_FRACTION, "β, of the momentum and of the running loss", 0.95)
@@ -166,9 +157,20 @@ class Options:
         return "slope" in self.step_size
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> Options:
-        """The options in a parameter group."""
-        return cls(**{name: group[name] for name in fields(cls)})
+    def of(cls, group: Mapping[str, Any], where: str = "") -> Options:
+        """The options in a parameter group.
+
+        Args:
+            group: It may have been saved by an older version.
+            where: Names the place in an error.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        values = {name: group[name] for name in fields(cls)}
+        lists = fields(ParameterOptions)  # or single values
+        check({name: value for name, value in values.items() if name not in lists}, [cls], where)
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,4 +256,4 @@ def check(values: Mapping[str, Any], kinds: Sequence[type[Any]], where: str = ""
 def check_value(name: str, value: Any, rule: Rule, where: str = "") -> None:
     """Raises ValueError if the rule does not hold for the value."""
     if not rule.holds(value):
-        raise ValueError(f"{where}{name} must be {rule.words}, not {value!r}.")
+        raise ValueError(f"{where}{name} {rule.refusal(value)}")

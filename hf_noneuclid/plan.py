@@ -23,7 +23,6 @@ from .distributed.ownership import make_blocks, own_matrices
 from .distributed.shards import Interval
 from .elementwise import CPU_CACHE, MIB, wide_dtype
 from .groups import parameter_names
-from .momo import LowerBound, lower_bound
 from .norms import ADAPTIVE_NORMS, Spectral, vector_norm
 from .nuclear_norms import ExactNuclearNorm, FrobeniusNuclearNorm, NuclearNorm, StaleNuclearNorm
 from .options import Options
@@ -74,9 +73,9 @@ class Plan:
     """The step size that every unit takes, 0 for matrices and 1 for vectors, of shape (units,)."""
     shared: dict[str, Tensor]
     """What the step size remembers, in the state of all parameters: with Momo ``running_loss`` f̄ and
-    ``running_weight`` C, 0-d, and ``lower_bound_memory``; with the slope ``pace``; both 1-D."""
+    ``running_weight`` C, 0-d; with the slope ``pace``; with both also ``lower_bound_memory``, F* as far as it
+    is believed; these two are 1-D."""
     product_norm: ProductNorm
-    lower_bound: LowerBound
     stale_norms: list[Tensor]
     """The nuclear norms of each matrix parameter, views of the state; empty unless they are stale."""
 
@@ -100,7 +99,6 @@ def make_plan(
     parameters = list(held)
     is_wide = any(x.shard.tensor.dtype == torch.float64 for x in parameters)
     like = torch.zeros((), dtype=torch.float64 if is_wide else torch.float32, device=grid.device)
-    bound = _lower_bound(options)
     memory = Memory(
         state,
         parameters,
@@ -134,18 +132,7 @@ def make_plan(
         parts=torch.tensor([0 if x.stack else 1 for x in moving for _ in range(x.units)], device=like.device),
         shared=memory.shared,
         product_norm=product_norm(options.product_norm),
-        lower_bound=bound,
         stale_norms=[memory.nuclear_norms(x) for x in in_matrices] if options.nuclear_norm == "stale" else [],
-    )
-
-
-def _lower_bound(options: Options) -> LowerBound:
-    return lower_bound(
-        options.loss_lower_bound,
-        options.lower_bound_fraction,
-        options.lower_bound_horizon,
-        options.lower_bound_slack,
-        alone=not options.slope,
     )
 
 
@@ -154,8 +141,8 @@ def first_memory(options: Options, like: Tensor) -> dict[str, Tensor]:
     start = {}
     if options.momo:
         start = {"running_loss": torch.zeros_like(like), "running_weight": torch.zeros_like(like)}
-        if initial := _lower_bound(options).initial:
-            start["lower_bound_memory"] = like.new_tensor(initial)
+    if options.momo and options.slope:
+        start["lower_bound_memory"] = like.new_tensor([options.loss_lower_bound])
     if options.slope:
         start["pace"] = like.new_tensor(INITIAL_PACE).reshape(-1)
     return start

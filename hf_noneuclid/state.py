@@ -67,9 +67,7 @@ class Memory:
         self.cohorts = self._by_step(parameters, apart=bool(known) and not momo)
         self.shared: dict[str, Tensor] = {}
         for key, value in start.items():
-            # Of another rule for the lower bound, which started from other values.
-            fits = key in shared and shared[key].shape == value.shape
-            self.shared[key] = shared[key] if fits else value
+            self.shared[key] = shared.get(key, value)
             for x in parameters:
                 self._state[x.shard.tensor][key] = self.shared[key]
 

@@ -455,7 +455,7 @@ def state_after_steps(*, replace, nuclear_norm):
     matrix, vector = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))
     groups = [{"params": [matrix], "norm": "spectral"}, {"params": [vector], "norm": "ada_l2"}]
     options = {"descent": "regularized", "product_norm": "hybrid"}
-    options |= {"step_size": "momo", "loss_lower_bound": "auto"}
+    options |= {"step_size": "momo+slope"}
     optimizer = NonEuclideanDescent(groups, 0.1, nuclear_norm=nuclear_norm, **options)
     for step in range(4):
         matrix.grad, vector.grad = torch.eye(3, 2) + step, torch.ones(2) / (step + 1)

@@ -9,7 +9,7 @@ from hf_noneuclid import NonEuclideanDescent
 from hf_noneuclid.log import StepLog
 
 
-def log_of(losses, caplog, **options):
+def log_of(losses, caplog, step_size="momo", **options):
     """What is logged after each of several steps with these losses, and the warnings."""
     weight = torch.nn.Parameter(torch.eye(2, 3))
     optimizer = NonEuclideanDescent(
@@ -17,7 +17,7 @@ def log_of(losses, caplog, **options):
         0.1,
         descent="regularized",
         product_norm="hybrid",
-        step_size="momo",
+        step_size=step_size,
         **options,
     )
     log, metrics = StepLog(optimizer), []
@@ -36,33 +36,19 @@ def test_a_loss_below_the_given_number_is_warned_about_once(caplog):
     assert "the loss, 0.5, is below loss_lower_bound=1.0" in warnings[0]
 
 
-@pytest.mark.parametrize("rule", ["auto", "relative"])
-def test_a_loss_below_the_bound_of_a_rule_causes_no_warning(caplog, rule):
-    options = {"loss_lower_bound": rule, "lower_bound_fraction": 0.7}
-    metrics, warnings = log_of([4.0, 1.0], caplog, **options)
-    assert [row["loss_lower_bound"] for row in metrics] == pytest.approx([2.8, 2.59])
-    assert warnings == []
-
-
-@pytest.mark.parametrize("losses", [[0.0, -1.0], [-2.0, -1.0]])
-def test_where_a_rule_knows_no_bound_nothing_is_truncated_and_a_warning_says_so(caplog, losses):
-    metrics, warnings = log_of(losses, caplog, loss_lower_bound="relative")
-    assert [row["step_size"] for row in metrics] == pytest.approx([0.1, 0.1])
-    assert all("loss_lower_bound" not in row and row["truncation_rate"] == 0 for row in metrics)
+def test_with_the_slope_a_number_is_dropped_below_which_a_loss_was_and_a_warning_says_so_once(caplog):
+    options = {"step_size": "momo+slope", "loss_lower_bound": 1.0}
+    metrics, warnings = log_of([3.0, 0.5, 0.4, 3.0], caplog, **options)
+    assert [row.get("loss_lower_bound") for row in metrics] == [1.0, None, None, None]
     assert len(warnings) == 1
-    assert "loss_lower_bound=relative knows no bound" in warnings[0]
+    assert "a loss was below loss_lower_bound=1.0" in warnings[0]
+    assert "is not used any more" in warnings[0]
 
 
-def test_auto_has_a_bound_below_a_loss_that_is_not_above_zero(caplog):
-    metrics, warnings = log_of([-2.0, -1.0], caplog, loss_lower_bound="auto")
-    assert [row["loss_lower_bound"] for row in metrics] == pytest.approx([-2.5, -2.4])
+@pytest.mark.parametrize("step_size", ["momo", "momo+slope"])
+def test_losses_that_are_not_below_the_number_cause_no_warning(caplog, step_size):
+    _, warnings = log_of([3.0, 1.0, 2.0], caplog, step_size=step_size, loss_lower_bound=1.0)
     assert warnings == []
-
-
-def test_a_negative_loss_is_below_what_star_assumes(caplog):
-    _, warnings = log_of([1.0, -1.0], caplog, loss_lower_bound="star")
-    assert len(warnings) == 1
-    assert "is below loss_lower_bound=star" in warnings[0]
 
 
 def nuclear_norms_in_the_log(grad, norm):

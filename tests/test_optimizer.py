@@ -519,6 +519,51 @@ def test_a_checkpoint_with_other_options_is_taken_with_a_warning():
     assert another.param_groups[0]["beta2"] == 0.9
 
 
+@pytest.mark.parametrize("step_size", ["momo", "momo+slope"])
+def test_a_checkpoint_with_a_rule_for_the_lower_bound_is_refused(step_size):
+    net, optimizer = make(step_size=step_size)
+    train(net, optimizer, 1)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group.update(OF_REMOVED_RULES, loss_lower_bound="relative")
+    _, another = make(step_size=step_size)
+    before = snapshot(net, another)
+    with pytest.raises(
+        ValueError, match=r"start from its model alone: loss_lower_bound must .*'relative'.*remov"
+    ):
+        another.load_state_dict(through_disk(saved))
+    assert same(snapshot(net, another), before)
+
+
+@pytest.mark.parametrize("step_size", ["momo", "momo+slope"])
+def test_a_checkpoint_with_a_number_goes_on_also_with_the_options_of_those_rules(step_size):
+    """They had no effect beside a number."""
+    net, optimizer = make(step_size=step_size)
+    train(net, optimizer, 2)
+    again, resumed = make(seed=7, step_size=step_size)
+    again.load_state_dict(net.state_dict())
+    saved = through_disk(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group.update(OF_REMOVED_RULES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(saved)
+    train(net, optimizer, 2)
+    train(again, resumed, 2)
+    assert same(snapshot(net, optimizer), snapshot(again, resumed))
+
+
+def test_whether_the_number_is_still_believed_is_in_the_checkpoint():
+    net, optimizer = make(loss_lower_bound=0.25)
+    loss = backward(net)
+    optimizer.step(loss=loss - 1000)
+    saved = through_disk(optimizer.state_dict())
+    again, resumed = make(loss_lower_bound=0.25)
+    resumed.load_state_dict(saved)
+    resumed.step(loss=backward(again))
+    assert resumed.diagnostics()["loss_lower_bound"] is None
+
+
 def test_a_deep_copy_continues_the_same_trajectory():
     net, optimizer = make()
     train(net, optimizer, 2)
@@ -852,13 +897,18 @@ def test_an_optimizer_that_was_pickled_before_an_option_existed_steps():
     assert unpickled.param_groups[0]["foreach"] is None
 
 
-def test_another_rule_for_the_lower_bound_starts_anew():
-    net, optimizer = make(loss_lower_bound="star")
-    train(net, optimizer, 2)
-    for group in optimizer.param_groups:
-        group["loss_lower_bound"] = "auto"
-    train(net, optimizer, 2)
-    assert optimizer.diagnostics()["bad_steps"] == 0
+OF_REMOVED_RULES = {"lower_bound_fraction": 0.85, "lower_bound_horizon": 10.0, "lower_bound_slack": 0.5}
+"""What stands in every group of an optimizer from when the lower bound could be a rule."""
+
+
+def test_an_optimizer_that_was_pickled_with_a_rule_for_the_lower_bound_is_refused_at_its_next_step():
+    net, optimizer = make()
+    train(net, optimizer, 1)
+    for group in (*optimizer.param_groups, optimizer.defaults):
+        group.update(OF_REMOVED_RULES, loss_lower_bound="auto")
+    unpickled = copy.deepcopy(optimizer)
+    with pytest.raises(ValueError, match=r"loss_lower_bound must be .* not 'auto'.*were removed"):
+        unpickled.step(loss=backward(net))
 
 
 def test_an_option_that_is_missing_is_named_with_its_values():

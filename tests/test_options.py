@@ -29,10 +29,7 @@ COUNT = ([1, 5, 10**6], [0, -1, 1.0, 2.5, True])
 BOOLEAN = ([True, False], [0, 1, "true", None])
 LIMITS = {
     "first_step": POSITIVE,
-    "loss_lower_bound": ([0.0, -3, 1e9, "auto", "relative", "star"], [True, None]),
-    "lower_bound_fraction": FRACTION,
-    "lower_bound_horizon": ([1, 1.0, 10.5, 1e6], [0, 0.99, -1, True]),
-    "lower_bound_slack": NOT_NEGATIVE,
+    "loss_lower_bound": ([0.0, -3, 1e9], [True, None]),
     "momentum": FRACTION,
     "beta2": FRACTION,
     "eps": POSITIVE,
@@ -153,6 +150,39 @@ def test_text_of_another_type_is_refused_in_the_words_of_the_option(name):
     with pytest.raises(ValueError, match=f"option {name} must be ") as error:
         parse_options({name: "no such value"})
     assert str(error.value) == f"option {name} must be {rule.words}, not 'no such value'."
+
+
+# -------------------------------------------------------------------- what was removed
+
+
+@pytest.mark.parametrize("rule", ["auto", "relative", "star"])
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda rule: construct(Options, "loss_lower_bound", rule),
+        lambda rule: create_optimizer(torch.nn.Linear(2, 2), "muonmax_momo", lr=1.0, loss_lower_bound=rule),
+        lambda rule: parse_options({"loss_lower_bound": rule}),
+    ],
+    ids=["optimizer", "method", "text"],
+)
+def test_a_rule_for_the_lower_bound_is_refused_with_what_to_use_now(give, rule):
+    with pytest.raises(ValueError, match="loss_lower_bound must be a finite number") as error:
+        give(rule)
+    for part in (
+        f"not '{rule}'",
+        "auto, relative and star were removed",
+        "step_size=momo+slope",
+        "muonmax_momo",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lower_bound_fraction", "lower_bound_horizon", "lower_bound_slack"])
+def test_an_option_of_those_rules_is_unknown(name):
+    with pytest.raises(TypeError, match=f"unknown option '{name}'; known are .*loss_lower_bound"):
+        construct(Options, name, 0.5)
+    with pytest.raises(ValueError, match=f"unknown option '{name}'; known are .*loss_lower_bound"):
+        create_optimizer(torch.nn.Linear(2, 2), "muonmax_momo", lr=1.0, **{name: 0.5})
 
 
 # -------------------------------------------------------------------- help and README

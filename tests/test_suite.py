@@ -80,8 +80,8 @@ def test_a_key_is_the_run_whatever_the_order_of_its_options():
 
 
 def test_a_label_names_what_varies():
-    run = Run("muon_momo", 0.1, 3, {"loss_lower_bound": "auto"}, {"bf16": True})
-    assert run.label == "muon_momo, loss_lower_bound=auto, bf16=true"
+    run = Run("muon_momo", 0.1, 3, {"loss_lower_bound": 2.0}, {"bf16": True})
+    assert run.label == "muon_momo, loss_lower_bound=2.0, bf16=true"
 
 
 def test_a_suite_survives_being_stored(tmp_path):
@@ -127,7 +127,7 @@ def test_the_step_size_is_chosen_on_five_tasks_and_judged_on_fifteen_others():
     assert len(set(identities)) == 20
     for suite in [*dev, *test]:
         columns = {block["column"] for block in suite.grid}
-        assert {"tuned", "rule", "F* = 0", "auto", "AdamW"} <= columns
+        assert {"tuned", "rule", "F* = 0", "AdamW"} <= columns
         for block in suite.grid:
             tuned = block["column"] in ("tuned", "AdamW")
             assert not tuned or len(block["learning_rate"]) == 4

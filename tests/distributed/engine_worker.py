@@ -39,7 +39,7 @@ SAVED = STEPS // 2
 MOMO = [method for method in METHODS if method.endswith("momo")]
 NOTED = ("step_size", "loss", "dual_norm", "truncated")
 CLIPPED = {"step_size": "momo", "loss_lower_bound": 0.0, "clip": 0.05}  # in every step
-STALE = {"nuclear_norm": "stale", "loss_lower_bound": "auto", "lower_bound_fraction": 0.5}
+STALE = {"nuclear_norm": "stale"}
 
 
 class Witness(TrainerCallback):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact_cases import BROKEN, CASES, SLOPED, STEPS, Case, make_model
+from exact_cases import BROKEN, CASES, LOWER_BOUND, SLOPED, STEPS, Case, make_model
 from exact_engines import Replicated
 from exact_run import run
 from launching import torchrun
@@ -72,6 +72,7 @@ def distance(ours, theirs, case):
     for step in set(range(STEPS)) - set(bad_steps(case)):
         one, other = ours["diagnostics"][step], theirs["diagnostics"][step]
         assert one["nuclear_norms"].keys() == other["nuclear_norms"].keys()
+        assert one["loss_lower_bound"] == other["loss_lower_bound"]
         pairs = [(one[key], other[key]) for key in ("step_size", "vector_step_size", "dual_norm")]
         pairs += [(one["nuclear_norms"][name], x) for name, x in other["nuclear_norms"].items()]
         differences += [relative(x, y) for x, y in pairs]
@@ -116,6 +117,13 @@ def test_every_rank_ends_with_the_same_bits(ranks):
             for one, two in zip(first[case]["diagnostics"], other[case]["diagnostics"], strict=True):
                 for key in ("step_size", "vector_step_size", "dual_norm", "nuclear_norms", "bad_steps"):
                     assert one.get(key) == two.get(key), (case, key)
+
+
+def test_a_number_is_dropped_when_the_mean_of_the_losses_is_below_it_and_by_no_bad_step(ranks, alone):
+    (case,) = [case for case in CASES if case.lower_bound != LOWER_BOUND]
+    for seen in (alone, *ranks):
+        bounds = [step.get("loss_lower_bound") for step in seen[case]["diagnostics"]]
+        assert bounds[1:] == [10.0, *[None] * (STEPS - 2)]
 
 
 def test_below_the_learning_rate_no_bit_depends_on_it(ranks):
