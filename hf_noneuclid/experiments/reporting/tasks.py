@@ -187,12 +187,13 @@ def excess_figure(summary: Mapping[str, Any]) -> Figure:
     """The excess of every column over the tuned method on every task: a panel for each method."""
     tasks = summary["tasks"]
     methods, names = _methods(tasks), [task["name"] for task in tasks]
+    looks = [*dict.fromkeys(LOOKS.values()), *OTHER_LOOKS]
     figure = Figure(figsize=(2.0 + 2.6 * len(methods), 1.4 + 0.22 * len(tasks)), layout="constrained")
     for place, method in enumerate(methods, 1):
         axes = figure.add_subplot(1, len(methods), place)
         own, others, found = _of_method(tasks, method)
         columns = [column for column in (*own, *others) if column != TUNED]
-        for column, (colour, mark) in zip(columns, (*LOOKS.values(), *OTHER_LOOKS), strict=False):
+        for column, (colour, mark) in zip(columns, looks, strict=False):
             values = [excess(row.get(column), row.get(TUNED)) for row in found]
             shown = [math.nan if v is None else min(max(v, SHOWN[0]), SHOWN[1]) for v in values]
             axes.plot(shown, range(len(shown)), mark, color=colour, ms=4, label=column)
@@ -201,5 +202,5 @@ def excess_figure(summary: Mapping[str, Any]) -> Figure:
         axes.set_yticks(range(len(names)), names if place == 1 else [])
         axes.set_ylim(len(names) - 0.5, -0.5)
         if place == 1:
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=8)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(methods))
     return figure
