@@ -300,10 +300,11 @@ class NonEuclideanDescent(Optimizer):
         tau, bound, is_truncated = limit, None, torch.zeros_like(checked.ok)
         learned: dict[str, Tensor] = {}
         if checked.loss is not None and plan.momo:
-            bound = torch.full_like(D, options.loss_lower_bound)
             if plan.slope:  # then a number that proves wrong need not stop the training
                 bound = believed_bound(shared["lower_bound_memory"][0], checked.loss)
                 learned["lower_bound_memory"] = bound.reshape(1)
+            else:
+                bound = torch.full_like(D, options.loss_lower_bound)
             height = model_height(shared["running_loss"], inner, shared["running_weight"], bound)
             tau = truncated_step_size(limit, height, D, options.descent)
             is_truncated = tau < limit

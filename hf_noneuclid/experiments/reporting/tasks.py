@@ -202,6 +202,6 @@ def excess_figure(summary: Mapping[str, Any]) -> Figure:
         axes.set_yticks(range(len(names)), names if place == 1 else [])
         axes.set_ylim(len(names) - 0.5, -0.5)
         if place == 1:
-            entries_of = axes.get_legend_handles_labels()
-            figure.legend(*entries_of, loc="outside lower center", ncols=2 * len(methods))
+            legend = axes.get_legend_handles_labels()
+            figure.legend(*legend, loc="outside lower center", ncols=2 * len(methods))
     return figure
