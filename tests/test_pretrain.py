@@ -781,6 +781,7 @@ def test_two_ranks(tmp_path, text_file, dataset_folder, source):
 
 TAKE = """
 import sys
+import torch
 import hf_noneuclid
 from hf_noneuclid.experiments.training import checkpoints
 from hf_noneuclid.experiments.training.masked import MaskingCollator
@@ -792,6 +793,7 @@ _, _, args = parse(argv, ARGUMENT_TYPES["pretrain"])
 if args.process_index == 1:  # a file system that shows this process less than the first
     checkpoints._last_whole = lambda folder: folder / "checkpoint-2"
 print("taken:", checkpoints.find_checkpoint(args))
+torch.distributed.destroy_process_group()  # a process that ends with its threads may abort
 """
 
 
