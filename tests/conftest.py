@@ -23,7 +23,7 @@ def pytest_cmdline_main(config):
     if hasattr(config, "workerinput"):  # in one of these processes, which must not start others
         return
     options = config.option
-    alone = options.usepdb or options.capture == "no" or options.markexpr != "not distributed"
+    alone = options.usepdb or options.capture == "no" or options.markexpr != "not distributed and not clients"
     processes = min(os.cpu_count() or 1, 4)
     if (
         config.pluginmanager.hasplugin("xdist")
