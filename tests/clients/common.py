@@ -43,7 +43,7 @@ def build(head, architecture, **changes):
     """A tiny model with the same random weights in every test."""
     config, values = CONFIGS[architecture]
     torch.manual_seed(0)
-    return head(config(**values, **changes))
+    return head(config(**{**values, **changes}))
 
 
 def tokenizer():
@@ -101,6 +101,9 @@ class Record(TrainerCallback):
         assert self.known == pytest.approx(self.losses, rel=1e-3, abs=1e-5)
         assert (self.last["steps"], self.last["bad_steps"]) == (len(self.losses), 0)
 
+    def mean_of_last(self):
+        return sum(self.losses[-5:]) / 5
+
     def check(self, rate, fell_to, slowly_to=0.99):
         """Asserts that every loss was seen, and that training went as it must.
 
@@ -110,5 +113,6 @@ class Record(TrainerCallback):
             slowly_to: The same at a rate of 0.001.
         """
         self.check_seen()
-        assert sum(self.losses[-5:]) / 5 < (fell_to if rate == 1 else slowly_to) * self.losses[0], self.losses
+        part = fell_to if rate == 1 else slowly_to
+        assert self.mean_of_last() < part * self.losses[0], self.losses
         assert (self.last["limited_steps"] == 0) is (rate == 1), self.last["limited_steps"]

@@ -1,4 +1,4 @@
-"""GLiNER: its losses are sums, with gradients that are clipped a thousandfold, and its Trainer makes its own groups."""
+"""GLiNER: its losses are sums, whose gradients are clipped a thousandfold, and its Trainer makes groups."""
 
 import random
 
@@ -67,7 +67,7 @@ def test_gliner_with_an_optimizer(tmp_path, method):
 
 
 def test_gliner_trains_by_its_own_method(tmp_path):
-    """``train_model`` makes the Trainer itself, whose groups then hold the same learning rate as the arguments."""
+    """``train_model`` makes the Trainer, which makes four groups, each with the learning rate."""
     model = build_gliner()
     trainer = model.train_model(
         [named(i) for i in range(1000)],
