@@ -24,6 +24,7 @@ from .optimizer import NonEuclideanDescent
 from .routing import route_parameters
 
 if TYPE_CHECKING:
+    from .observation import observe
     from .trainer import NonEuclidTrainer, NonEuclidTrainerMixin
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "NonEuclidTrainerMixin",
     "NonEuclideanDescent",
     "create_optimizer",
+    "observe",
     "one_group",
     "register",
     "route_parameters",
@@ -52,8 +54,9 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("NonEuclidTrainer", "NonEuclidTrainerMixin"):
-        return getattr(importlib.import_module(".trainer", __name__), name)
+    module = {"NonEuclidTrainer": ".trainer", "NonEuclidTrainerMixin": ".trainer", "observe": ".observation"}
+    if name in module:
+        return getattr(importlib.import_module(module[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -41,6 +41,19 @@ def check_engine() -> None:
         )
 
 
+def engine_name() -> str:
+    """What runs the training, and on how many processes, in words."""
+    engine, count = _engine(), AcceleratorState().num_processes
+    if engine == DistributedType.NO:
+        return "one device"
+    names = {DistributedType.FSDP: "FSDP2", DistributedType.DEEPSPEED: "DeepSpeed"}
+    name = names.get(engine, "DDP")
+    if engine == DistributedType.DEEPSPEED:
+        config = AcceleratorState().deepspeed_plugin.deepspeed_config
+        name += f" ZeRO-{config.get('zero_optimization', {}).get('stage', 0)}"
+    return f"{name} on {count} processes"
+
+
 def _engine() -> Any:
     return AcceleratorState().distributed_type if AcceleratorState._shared_state else None
 
@@ -115,7 +128,12 @@ def check_innermost(optimizer: Any, ours: Any, method: str) -> None:
         inner = optimizer
         while getattr(inner, "optimizer", None) is not None:
             inner = inner.optimizer
+        culprit = (
+            'the "optimizer" section of the DeepSpeed config'
+            if _engine() == DistributedType.DEEPSPEED
+            else "what made it: an overridden create_optimizer, or the argument optimizers of the Trainer"
+        )
         raise RuntimeError(
-            f"optim={method!r} was asked for, but {type(inner).__name__} is what would train. Remove the "
-            '"optimizer" section of the DeepSpeed config, or the optimizer that is passed to the Trainer.'
+            f"optim={method!r} was asked for, but {type(inner).__name__} is what would train. Remove "
+            f"{culprit}, or ask for another optim."
         )

@@ -14,9 +14,6 @@ from . import options
 from .norms import NORMS
 from .options import Options, ParameterOptions
 
-CHECKPOINT_MUST_MATCH = ("descent", "product_norm", "step_size", "norm")
-"""A checkpoint that differs in one of these belongs to another optimizer."""
-
 PARAMETER_OPTIONS = tuple(options.fields(ParameterOptions))
 PARAMETER_DEFAULTS = {
     name: field.default
@@ -132,24 +129,67 @@ def check_views(groups: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def check_checkpoint(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Compares the options of a group with those of its checkpoint, which will replace them.
+def check_checkpoint(ours: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Compares the groups of an optimizer with those of its checkpoint, which will replace them.
 
     Raises:
-        ValueError: The checkpoint is of another method, or has an option with a value that was removed since.
-            Other differences are warned of.
+        ValueError: The checkpoint is of another optimizer or method, parameters have another norm in it, or
+            an option has a value that was removed since. Other differences are warned of.
     """
-    for name in CHECKPOINT_MUST_MATCH:
+    if saved and "descent" not in saved[0]:
+        known = ", ".join(sorted(set(saved[0]) - {"params", *_FOREIGN_KEYS}))
+        raise ValueError(
+            f"the checkpoint was made by another optimizer, with the options {known}. Go on with that one, "
+            "or start from the checkpoint's model alone."
+        )
+    pairs = list(zip(ours, saved, strict=False))
+    for now, before in pairs:
+        _check_same(now, before, ("descent", "product_norm", "step_size"))
+    _check_norms(ours, saved)
+    for now, before in pairs:
+        _check_same(now, before, ("norm",))
+        _warn_of_differences(now, before)
+
+
+def _check_norms(ours: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses parameters that were matrices and are vectors now, or the reverse."""
+    now, before = _norm_by_name(ours), _norm_by_name(saved)
+    moved = [name for name, norm in before.items() if now.get(name, norm) != norm]
+    if moved:
+        names = ", ".join(f"{name} ({before[name]}, now {now[name]})" for name in moved[:6])
+        raise ValueError(
+            f"{len(moved)} parameters had another norm when the checkpoint was made: {names}"
+            f"{', ...' if len(moved) > 6 else ''}. Resume with the method and optim_target_modules of the "
+            "checkpoint, or start from its model alone."
+        )
+
+
+def _norm_by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The norm of every parameter whose name is known."""
+    return {
+        name: norm
+        for group in groups
+        for name, norm in zip(
+            group.get("param_names") or [], per_parameter(group, "norm", len(group["params"])), strict=False
+        )
+    }
+
+
+def _check_same(ours: Mapping[str, Any], saved: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
         if saved.get(name) != ours[name]:
             raise ValueError(
                 f"the checkpoint was made with {name}={saved.get(name)!r}, this optimizer with "
                 f"{name}={ours[name]!r}. Go on with the method of the checkpoint, or start without its state."
             )
+
+
+def _warn_of_differences(ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     Options.of({**ours, **saved}, "the checkpoint cannot be resumed, start from its model alone: ")
     for name in options.fields(Options, ParameterOptions):
         if name in saved and saved[name] != ours[name]:
             warnings.warn(
-                f"{name}={saved.get(name)!r} is taken from the checkpoint, not {ours[name]!r}.", stacklevel=4
+                f"{name}={saved.get(name)!r} is taken from the checkpoint, not {ours[name]!r}.", stacklevel=5
             )
 
 

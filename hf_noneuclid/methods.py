@@ -175,11 +175,12 @@ def resolve(method: str, **values: Any) -> tuple[Method, dict[str, Any]]:
 def create_groups(
     model: nn.Module, method: Method, *, matrix_lr_scale: float = DEFAULT_MATRIX_LR_SCALE, **routing: Any
 ) -> list[dict[str, Any]]:
-    """The parameter groups of a method; the table of what went where is logged at INFO."""
+    """The parameter groups of a method. What went where is logged: a summary at INFO, the table at DEBUG."""
     groups, table = route_parameters(
         model, vector_norm=method.vector_norm, matrix_lr_scale=matrix_lr_scale, **routing
     )
-    logger.info("matrices and vectors:\n%s", table)
+    logger.info("%s", table.summary)
+    logger.debug("matrices and vectors:\n%s", table)
     return groups
 
 
@@ -206,6 +207,7 @@ def create_optimizer(
         **values: As of ``resolve``.
 
     Raises:
+        TypeError: The model is not a module.
         ValueError: An unknown method or option, a value out of range, or a model without matrices.
 
     Example:
@@ -216,6 +218,11 @@ def create_optimizer(
         >>> loss.backward()
         >>> _ = optimizer.step(loss=loss)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"create_optimizer needs the model, not {type(model).__name__}: its modules tell matrices from "
+            "vectors. For groups of your own, make a hf_noneuclid.NonEuclideanDescent."
+        )
     settings, tuning = resolve(method, **values)
     groups = create_groups(
         model,

@@ -41,12 +41,13 @@ def has_momo(optimizer: NonEuclideanDescent) -> bool:
 class _Observer:
     """Passes losses and clipping to the optimizers of an accelerator that have Momo.
 
-    A window of accumulation ends with the backward that synchronises gradients, whether or not a step
-    follows: a loss scaler may skip the step, and this loss must not be added to the next window.
+    Losses add up as their gradients do: a backward that finds no gradient begins anew. So every backward
+    between two steps counts, and the loss of a step that a loss scaler skipped does not.
     """
 
     def __init__(self) -> None:
         self._window_is_over: WeakKeyDictionary[Accelerator, bool] = WeakKeyDictionary()
+        """Under DeepSpeed, which keeps gradients to itself and steps in the backward that ends a window."""
         self._factors: WeakKeyDictionary[NonEuclideanDescent, Tensor | float] = WeakKeyDictionary()
         self._warned: WeakSet[NonEuclideanDescent] = WeakSet()
         self.knows_clipping: WeakSet[NonEuclideanDescent] = WeakSet()
@@ -54,12 +55,13 @@ class _Observer:
 
     def observe_loss(self, accelerator: Accelerator, loss: Tensor, **kwargs: Any) -> None:
         share = loss.detach() / _accumulation_divisor(accelerator, **kwargs)
-        begin = self._window_is_over.get(accelerator, True)
+        is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         for wrapped, ours in _with_momo(accelerator):
-            ours.observe_loss(share, begin=begin)
+            is_over = self._window_is_over.get(accelerator, True)
+            ours.observe_loss(share, begin=is_over if is_deepspeed else not _has_gradient(ours))
             self._factors.pop(ours, None)
             ours.observe_clipping(1.0)  # not that of a step which a loss scaler skipped
-            if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            if is_deepspeed:
                 self._ask_deepspeed(wrapped.optimizer, ours, accelerator)
         self._window_is_over[accelerator] = accelerator.sync_gradients
 
@@ -124,6 +126,10 @@ def _with_momo(accelerator: Accelerator) -> Iterator[tuple[Any, NonEuclideanDesc
         ours = find_optimizer(wrapped)
         if ours is not None and has_momo(ours):
             yield wrapped, ours
+
+
+def _has_gradient(optimizer: NonEuclideanDescent) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _share(optimizer: NonEuclideanDescent, parameters: list[Tensor]) -> float:
@@ -209,8 +215,25 @@ def _of_class(plain: Plain, observed: Callable[..., Any]) -> Plain:
     return method
 
 
-def observe_accelerator(accelerator: Accelerator) -> None:
-    """Observes loss and clipping of one accelerator, and leaves the class alone. May be called again."""
+def observe(accelerator: Accelerator) -> None:
+    """Tells the optimizers of one accelerator, if they have Momo, every loss and how gradients are clipped.
+
+    A Trainer does it by itself. May be called again; other accelerators are left alone.
+
+    Args:
+        accelerator: Whose ``backward``, ``clip_grad_norm_`` and ``clip_grad_value_`` are observed. Every loss
+            between two steps counts, also under gradient accumulation and with several optimizers.
+
+    Example:
+        >>> import torch, hf_noneuclid
+        >>> from accelerate import Accelerator
+        >>> accelerator, model = Accelerator(cpu=True), torch.nn.Linear(4, 2)
+        >>> optimizer = hf_noneuclid.create_optimizer(model, "muonmax_momo", lr=1.0)
+        >>> model, optimizer = accelerator.prepare(model, optimizer)
+        >>> hf_noneuclid.observe(accelerator)
+        >>> accelerator.backward(model(torch.ones(2, 4)).square().mean())
+        >>> optimizer.step()
+    """
     if accelerator in _OBSERVED_ALONE:
         return
     for name, observed in OBSERVED.items():

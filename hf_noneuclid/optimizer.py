@@ -110,6 +110,7 @@ class NonEuclideanDescent(Optimizer):
             for each parameter. Named parameters are accepted.
         lr: Learning rate η, one for all groups. With the slope it is only the largest length of a step, and
             1 is the convention; its schedule multiplies the length from its peak on.
+        route: Makes groups with a norm of ``params``, which have none where a Trainer makes them.
         **options: ``descent`` and ``product_norm``, and any other option of ``hf_noneuclid.options.Options``;
             ``help(Options)`` lists them with their ranges and defaults.
 
@@ -135,7 +136,14 @@ class NonEuclideanDescent(Optimizer):
         and ``decay_at="rate"``.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, **options: Any) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        route: Callable[[Iterable[Any]], list[dict[str, Any]]] | None = None,
+        **options: Any,
+    ) -> None:
         known = known_options.fields(Options)
         for name in options.keys() - known:
             raise TypeError(f"unknown option {name!r}; known are {', '.join(known)}.")
@@ -148,6 +156,7 @@ class NonEuclideanDescent(Optimizer):
         defaults = {name: getattr(chosen, name) for name in known}
         self._given: list[list[weakref.ref[Tensor]]] = []  # engines replace what stands in the groups
         self._forget()
+        params = params if route is None else route(params)
         super().__init__(params, {**parameter_groups.PARAMETER_DEFAULTS, **defaults, "lr": lr})
 
     def _forget(self) -> None:
@@ -184,7 +193,8 @@ class NonEuclideanDescent(Optimizer):
         """Takes one step.
 
         Args:
-            closure: Computes the loss and its gradients again, and returns the loss.
+            closure: Computes the loss and its gradients again, and returns the loss. If losses were observed,
+                in it or before, they count instead of what it returns.
             loss: The loss that produced the gradients. Needed with Momo, unless ``observe_loss`` was called.
 
         Returns:
@@ -203,8 +213,8 @@ class NonEuclideanDescent(Optimizer):
         if momo and loss is None and not is_preparation:
             raise RuntimeError(
                 "Momo needs the loss of every step, and none was observed. Call step(loss=loss), or "
-                "observe_loss(loss) before step(), or train with the Trainer, which does it; or use a "
-                "step_size without momo."
+                "observe_loss(loss) before step(), or hf_noneuclid.observe(accelerator) once, or train with "
+                "the Trainer; or use a step_size without momo."
             )
         plan = self._current_plan()
         if is_preparation and momo:
@@ -385,7 +395,8 @@ class NonEuclideanDescent(Optimizer):
                 loss = closure()
         observed, self._observed = self._observed, None
         clipping, self._clipping = self._clipping, 1.0
-        loss = observed if loss is None else loss
+        # A closure may be the last of several micro-batches; what was observed holds them all.
+        loss = loss if observed is None or (loss is not None and closure is None) else observed
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(
                 f"the loss has shape {tuple(loss.shape)}; step() needs one number, such as its mean."
@@ -484,8 +495,7 @@ class NonEuclideanDescent(Optimizer):
         Raises:
             ValueError: The checkpoint is of another method, or its groups or parameters do not fit.
         """
-        for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            parameter_groups.check_checkpoint(ours, saved)
+        parameter_groups.check_checkpoint(self.param_groups, state_dict["param_groups"])
         # torch takes the saved groups. Options that the checkpoint is too old to have stay as they are.
         saved_groups = [
             {**{name: value for name, value in ours.items() if name != "param_names"}, **saved}
@@ -507,7 +517,7 @@ class NonEuclideanDescent(Optimizer):
 # The options are keywords of the constructor, and show as such in help() and to tools that ask for them.
 NonEuclideanDescent.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
-        *list(inspect.signature(NonEuclideanDescent.__init__).parameters.values())[1:3],
+        *list(inspect.signature(NonEuclideanDescent.__init__).parameters.values())[1:4],
         *inspect.signature(Options).parameters.values(),
     ]
 )

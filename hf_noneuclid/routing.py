@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 Kind = Literal["matrix", "vector", "frozen"]
+NO_MATRIX = "none"
+"""As target modules: no parameter is a matrix."""
+
 _PLURAL: dict[Kind, str] = {"matrix": "matrices", "vector": "vectors", "frozen": "frozen"}
 # A module that holds a parameter, the path of the module, and the name of the parameter in it.
 Holder = tuple[nn.Module, str, str]
@@ -72,6 +75,17 @@ class RoutingTable:
     def _of(self, kind: Kind) -> tuple[Route, ...]:
         return tuple(route for route in self.routes if route.kind == kind)
 
+    @property
+    def summary(self) -> str:
+        """A line for each kind: how many there are, and the three patterns of names with most elements."""
+        lines = []
+        for kind, (n, size) in self.counts.items():
+            patterns = Counter((_LAYER_NUMBER.sub("*", r.name), r.shape) for r in self._of(kind))
+            largest = sorted(patterns.items(), key=lambda x: -x[1] * math.prod(x[0][1]))[:3]
+            examples = ", ".join(f"{count} x {name} {shape}" for (name, shape), count in largest)
+            lines += [f"{_PLURAL[kind]}: {n} tensors, {size:,} elements, such as {examples}"] if n else []
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         """A row for each pattern of names, with stars for layer numbers; frozen ones only in the totals."""
         trainable = (route for route in self.routes if route.kind != "frozen")
@@ -107,7 +121,8 @@ def route_parameters(
         decay_parameters: Names of the parameters that decay; None for all of them.
         target_modules: Overrides the choice, like ``optim_target_modules`` of the Trainer: names of modules
             or parts of them, or one regular expression for a whole name, or ``all-linear``. Every parameter
-            with two dimensions or more that a matching module holds is a matrix then.
+            with two dimensions or more that a matching module holds is a matrix then. ``none`` makes every
+            parameter a vector.
         matrix_lr_scale: Multiplies the learning rate of the matrices.
 
     Returns:
@@ -135,7 +150,7 @@ def route_parameters(
             for name, parameter in named.items()
         )
     )
-    if not table.matrices:
+    if not table.matrices and not (target_modules == NO_MATRIX and table.vectors):
         raise ValueError(_no_matrices(model, table))
 
     decayed = frozenset(named if decay_parameters is None else decay_parameters)
@@ -253,6 +268,8 @@ def _head_parameters(module: nn.Module, input_embeddings: nn.Module | None) -> l
 def _chosen(model: nn.Module, target_modules: str | Sequence[str]) -> set[int]:
     whole_name = isinstance(target_modules, str)
     chosen: set[int] = set()
+    if target_modules == NO_MATRIX:
+        return chosen
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
         if not (matched := _targeted(model, target, whole_name=whole_name)):
             raise ValueError(_no_target(model, target))
@@ -300,7 +317,8 @@ def _no_matrices(model: nn.Module, table: RoutingTable) -> str:
     return (
         f"{type(model).__name__} has no trainable matrix; its {len(table.routes)} parameters are: "
         f"{', '.join(f'{count} x {reason}' for reason, count in reasons) or 'none'}. Name the modules whose "
-        "weights are matrices with optim_target_modules (target_modules), or unfreeze parameters"
+        "weights are matrices with optim_target_modules (target_modules), say 'none' there to step all as "
+        "vectors, or unfreeze parameters"
     )
 
 

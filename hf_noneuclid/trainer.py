@@ -11,13 +11,15 @@ upper bound of the step size. The log says when it bounds steps after all.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
-from weakref import WeakSet
+from typing import Any, NoReturn
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import nn
@@ -25,6 +27,9 @@ from torch import nn
 from .groups import one_group
 from .log import StepLog
 from .methods import (
+    FREE_METHOD,
+    METHODS,
+    Method,
     all_names,
     canonical_name,
     create_groups,
@@ -47,6 +52,7 @@ try:
         check_engine,
         check_innermost,
         check_world_size,
+        engine_name,
         schedules_learning_rate,
         steps_group_by_group,
     )
@@ -54,7 +60,7 @@ try:
         OBSERVER,
         find_optimizer,
         has_momo,
-        observe_accelerator,
+        observe,
         observe_all_accelerators,
     )
 except ImportError as error:
@@ -67,8 +73,11 @@ _MixedInto: Any = object  # whatever Trainer a user mixes it into
 
 logger = logging.getLogger(__name__)
 
-_MIXED_INTO: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar("mixed_into", default=None)
-"""The NonEuclidTrainerMixin that is making its optimizer, and its options."""
+_MIXED_IN: ContextVar[dict[str, Any] | None] = ContextVar("mixed_in", default=None)
+"""The options of the NonEuclidTrainerMixin that is making its optimizer."""
+
+_MODELS: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+"""The models of the Trainers, by the ids of their arguments: some ask for an optimizer without the model."""
 
 _FED_ALONE: WeakSet[NonEuclideanDescent] = WeakSet()
 """The optimizers of the accelerators that are observed alone."""
@@ -99,7 +108,10 @@ class NonEuclidCallback(TrainerCallback):
         self._watched = range(0)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(kwargs.get("model"), nn.Module):
+            _MODELS[id(args)] = kwargs["model"]
         if _name(args.optim) in all_names():
+            _check_optim_args(args.optim_args)
             check_engine()
             check_world_size(args.resume_from_checkpoint)
 
@@ -111,6 +123,9 @@ class NonEuclidCallback(TrainerCallback):
         self._first_step = state.global_step + 1
         self._watched = _watched_steps(state.global_step, state.max_steps, args)
         if optimizer is not None:
+            _check_sparse(kwargs["model"])
+            _tell_resumed_rate(optimizer, args, state.global_step)
+            logger.info("%s: %s; %s", _name(args.optim), _bounds(optimizer), engine_name())
             _warn_of_double_division(args)
             if has_momo(optimizer) and optimizer not in _FED_ALONE:
                 observe_all_accelerators()
@@ -141,6 +156,40 @@ class NonEuclidCallback(TrainerCallback):
                 self._log.tell_limited()
 
 
+def _check_optim_args(optim_args: Any) -> None:
+    """Refuses what the Trainer would fail to unpack."""
+    if optim_args and not (
+        isinstance(optim_args, str) and all(x.count("=") == 1 for x in optim_args.split(","))
+    ):
+        raise ValueError(
+            "optim_args must be text, options and their values with = between them and commas after each, "
+            f"such as 'momentum=0.9,nuclear_norm=stale', not {optim_args!r}."
+        )
+
+
+def _check_sparse(model: nn.Module) -> None:
+    """Refuses sparse gradients before torch fails to clip them."""
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", None) is True]
+    if sparse:
+        raise RuntimeError(
+            f"{', '.join(sparse[:6])} makes sparse gradients, which have no norm here: set sparse=False."
+        )
+
+
+def _tell_resumed_rate(optimizer: NonEuclideanDescent, args: Any, step: int) -> None:
+    saved = optimizer.param_groups[0].get("initial_lr", args.learning_rate)
+    if step > 0 and saved != args.learning_rate:
+        logger.warning(
+            "learning_rate=%g is taken from %s, not %g: the run goes on with its own schedule. For another "
+            "rate, start from the checkpoint's model alone.",
+            saved,
+            args.resume_from_checkpoint
+            if isinstance(args.resume_from_checkpoint, str)
+            else f"the checkpoint of step {step}",
+            args.learning_rate,
+        )
+
+
 def _watched_steps(done: int, steps: int, args: Any) -> range:
     """Between which steps it is asked whether the learning rate bounds all of them.
 
@@ -160,27 +209,65 @@ def _warn_of_unseen_clipping(optimizer: NonEuclideanDescent) -> None:
         )
 
 
+def _bounds(optimizer: NonEuclideanDescent) -> str:
+    """What bounds the step size, in words."""
+    group = optimizer.param_groups[0]
+    bounds = {
+        "slope": "the slope along the last step",
+        "momo": f"Momo with loss_lower_bound={group['loss_lower_bound']:g}",
+    }
+    its = [words for name, words in bounds.items() if name in group["step_size"]]
+    return f"the step size is bounded by {', '.join([*its, 'the learning rate'])} ({group['lr']:g} now)"
+
+
 # ---------------------------------------------------------------- by name
 
 
 def _make_optimizer_arguments(
-    method: str, args: Any, model: nn.Module, decay_parameters: list[str], values: dict[str, Any]
+    method: str, args: Any, model: nn.Module, values: dict[str, Any]
 ) -> dict[str, Any]:
-    """The keyword arguments of NonEuclideanDescent, ``params`` included, for a Trainer."""
+    """The keyword arguments of NonEuclideanDescent for a Trainer, which adds its own groups."""
     check_engine()
     settings, tuning = resolve(method, **values)
-    scale = {key: tuning[key] for key in ("matrix_lr_scale",) if key in tuning}
-    groups = create_groups(
-        model,
-        settings,
-        weight_decay=args.weight_decay,
-        decay_parameters=decay_parameters,
-        target_modules=args.optim_target_modules,
-        **scale,
-    )
-    groups = one_group(groups) if steps_group_by_group() else groups
     _choose_learning_rate(args, method, settings.step_size)
-    return {"params": groups, "lr": args.learning_rate, **optimizer_arguments(settings, tuning)}
+    scale = {key: tuning[key] for key in ("matrix_lr_scale",) if key in tuning}
+    route = functools.partial(_route, args, model, settings, scale)
+    return {"lr": args.learning_rate, "route": route, **optimizer_arguments(settings, tuning)}
+
+
+def _route(
+    args: Any, model: nn.Module, settings: Method, scale: dict[str, float], params: Iterable[Any]
+) -> list[dict[str, Any]]:
+    """Groups with norms from the groups of a Trainer, which only say what decays, or from parameters.
+
+    Raises:
+        ValueError: A group has a learning rate of its own, or the model lacks a parameter.
+    """
+    given = list(params)
+    given = given if given and isinstance(given[0], dict) else [{"params": given}]
+    decay = {}
+    for group in given:
+        if group.get("lr", args.learning_rate) != args.learning_rate:
+            raise ValueError(
+                f"a group of parameters has a learning rate of its own, {group['lr']:g}; here is one for "
+                f"all, {args.learning_rate:g}. Leave out what sets others, such as learning_rate_mapping."
+            )
+        for entry in group["params"]:
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if parameter.requires_grad:
+                decay[id(parameter)] = group.get("weight_decay", args.weight_decay)
+    groups = []
+    for group in create_groups(model, settings, target_modules=args.optim_target_modules, **scale):
+        its = [(named, decay.pop(id(named[1]))) for named in group["params"] if id(named[1]) in decay]
+        for value in dict.fromkeys(value for _, value in its):
+            alike = [named for named, its_value in its if its_value == value]
+            groups.append({**group, "params": alike, "weight_decay": value})
+    if decay:
+        raise ValueError(
+            f"{len(decay)} of the parameters to train are not in {type(model).__name__}, whose modules tell "
+            "matrices from vectors. Call get_optimizer_cls_and_kwargs(args, module) with one that has them."
+        )
+    return one_group(groups) if steps_group_by_group() else groups
 
 
 def _choose_learning_rate(args: Any, method: str, step_size: str) -> None:
@@ -209,19 +296,18 @@ def _choose_learning_rate(args: Any, method: str, step_size: str) -> None:
 
 
 def _handle(context: OptimizerContext) -> tuple[type[NonEuclideanDescent], dict[str, Any]]:
-    """Called by the registry. It returns a class with ``params``: other libraries extend a factory's keys."""
-    name, args, model = _name(context.args.optim), context.args, context.model
+    """Called by the registry. It returns a class, because other libraries extend a factory's keys."""
+    name, args = _name(context.args.optim), context.args
+    model = _MODELS.get(id(args)) if context.model is None else context.model
     if model is None:
-        raise ValueError(f"optim={name!r} needs the model, in order to tell matrices from vectors.")
-    mixed_into = _MIXED_INTO.get()
-    if mixed_into is None:
-        # The context does not hold the Trainer, but this method reads nothing from its instance.
-        decay = Trainer.get_decay_parameter_names(None, model)
-        values = parse_options(context.optim_args)
-    else:
-        trainer, values = mixed_into
-        decay = trainer.get_decay_parameter_names(model)
-    return NonEuclideanDescent, _make_optimizer_arguments(name, args, model, decay, values)
+        raise ValueError(
+            f"optim={name!r} needs the model, in order to tell matrices from vectors. Call "
+            "get_optimizer_cls_and_kwargs(args, model), or pass optimizers=(hf_noneuclid.create_optimizer("
+            f"model, {name!r}, lr=...), None) to the Trainer."
+        )
+    values = _MIXED_IN.get()
+    values = parse_options(context.optim_args) if values is None else values
+    return NonEuclideanDescent, _make_optimizer_arguments(name, args, model, values)
 
 
 def register() -> None:
@@ -238,9 +324,22 @@ def register() -> None:
                 )
             continue
         _OPTIMIZER_HANDLERS[_add_member(name)] = _handle
+    OptimizerNames._missing_ = classmethod(_refuse_name)
     if NonEuclidCallback not in hf_trainer.DEFAULT_CALLBACKS:
         # It comes first, so that other callbacks report what it adds to the logs.
         hf_trainer.DEFAULT_CALLBACKS.insert(0, NonEuclidCallback)
+
+
+def _refuse_name(cls: type[OptimizerNames], value: object) -> NoReturn:
+    """Names what is near a name that OptimizerNames lacks. Its own message lists all, hyphenated ones too."""
+    ours = [name for name in all_names() if "-" not in name]
+    theirs = [name for name in cls._value2member_map_ if name not in all_names()]
+    near = difflib.get_close_matches(str(value).replace("-", "_"), [*ours, *theirs])
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"{value!r} is not an optimizer of the Trainer. {hint}Those of hf_noneuclid: {', '.join(METHODS)}, "
+        f"{FREE_METHOD}; of transformers: {', '.join(theirs)}."
+    )
 
 
 def _add_member(value: str) -> OptimizerNames:
@@ -292,7 +391,7 @@ class NonEuclidTrainerMixin(_MixedInto):
                 )
         optimizer: torch.optim.Optimizer = self.optimizer
         if (ours := find_optimizer(optimizer)) is not None and has_momo(ours):
-            observe_accelerator(self.accelerator)
+            observe(self.accelerator)
             _FED_ALONE.add(ours)
         return optimizer
 
@@ -300,11 +399,11 @@ class NonEuclidTrainerMixin(_MixedInto):
     def _asking_for(self, method: str, values: dict[str, Any]) -> Iterator[None]:
         """Asks by name in the Trainer's own way, because a subclass may add parameters of its own."""
         asked, self.args.optim = self.args.optim, OptimizerNames(method)
-        token = _MIXED_INTO.set((self, values))
+        token = _MIXED_IN.set(values)
         try:
             yield
         finally:
-            _MIXED_INTO.reset(token)
+            _MIXED_IN.reset(token)
             self.args.optim = asked
 
     def _method_and_options(self) -> tuple[str, dict[str, Any]]:

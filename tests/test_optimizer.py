@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hf_noneuclid
 import hf_noneuclid.norms
 import hf_noneuclid.polar
 from hf_noneuclid import METHODS, NonEuclideanDescent, create_optimizer
@@ -508,6 +509,24 @@ def test_a_checkpoint_of_another_method_is_refused(other):
     _, another = make(other)
     with pytest.raises(ValueError, match="the checkpoint was made with"):
         another.load_state_dict(optimizer.state_dict())
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused():
+    net, ours = make()
+    adam = torch.optim.AdamW(net.parameters())
+    with pytest.raises(ValueError, match="made by another optimizer, with the options amsgrad, betas"):
+        ours.load_state_dict(adam.state_dict())
+
+
+def test_parameters_that_changed_sides_are_named():
+    def routed(target_modules):
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        return hf_noneuclid.create_optimizer(net, "muon", lr=1e-2, target_modules=target_modules)
+
+    saved = routed(["0", "1"]).state_dict()
+    message = r"2 parameters had another norm.*: 0.weight \(spectral, now ada_linf\), 2.weight \(ada_linf"
+    with pytest.raises(ValueError, match=message):
+        routed(["1", "2"]).load_state_dict(saved)
 
 
 def test_a_checkpoint_with_other_options_is_taken_with_a_warning():

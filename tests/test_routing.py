@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from hf_noneuclid import NonEuclideanDescent
 from hf_noneuclid.routing import Route, RoutingTable, route_parameters
 
 
@@ -560,6 +561,27 @@ def test_no_matrix_is_an_error_that_says_what_was_found_and_what_to_do():
 def test_model_that_is_frozen_has_no_matrix():
     with pytest.raises(ValueError, match="does not require a gradient"):
         route_parameters(gpt2().requires_grad_(False))
+
+
+@pytest.mark.parametrize("product_norm", ["linf", "l2", "hybrid"])
+def test_none_makes_every_parameter_a_vector_and_trains(product_norm):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    groups, table = route_parameters(model, target_modules="none")
+    assert [group["norm"] for group in groups] == ["ada_l2"]
+    assert len(table.vectors) == 4
+    options = {"descent": "constrained", "product_norm": product_norm, "step_size": "momo+slope"}
+    optimizer = NonEuclideanDescent(groups, 1.0, **options)
+    xs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (model(xs) - xs.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step(loss=loss)
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    with pytest.raises(ValueError, match="say 'none' there to step all as vectors"):
+        route_parameters(nn.Sequential(nn.Embedding(5, 4)))
 
 
 def test_empty_target_modules_leave_no_matrix():

@@ -37,7 +37,7 @@ from transformers import (
 import hf_noneuclid
 from hf_noneuclid import METHODS, DivergedError, NonEuclideanDescent, NonEuclidTrainer, NonEuclidTrainerMixin
 from hf_noneuclid.methods import all_names
-from hf_noneuclid.observation import OBSERVED, find_optimizer, observe_all_accelerators
+from hf_noneuclid.observation import OBSERVED, find_optimizer, observe, observe_all_accelerators
 from hf_noneuclid.trainer import _watched_steps
 
 VOCABULARY, LENGTH, BATCH = 64, 12, 4
@@ -217,10 +217,53 @@ def test_optim_wins_over_the_method_of_the_class(arguments):
     assert optimizer.param_groups[0]["step_size"] == "rate"
 
 
-def test_the_registry_gets_a_class_and_params_not_a_factory(arguments):
-    optimizer_class, values = Trainer.get_optimizer_cls_and_kwargs(arguments(), gpt2())
+def test_a_class_that_is_called_with_groups_of_its_own_routes_them(arguments):
+    """As many Trainers do it: they ask for a class, and pass it what decays and what does not."""
+    model, args = gpt2(), arguments(weight_decay=0.5)
+    optimizer_class, values = Trainer.get_optimizer_cls_and_kwargs(args, model)
     assert optimizer_class is NonEuclideanDescent
-    assert {"params", "lr"} <= set(values)
+    embeddings = list(model.transformer.wte.parameters())
+    rest = [p for p in model.parameters() if p is not embeddings[0]]
+    rest[0].requires_grad_(False)
+    optimizer = optimizer_class(
+        [{"params": embeddings, "weight_decay": 0.1}, {"params": rest[:-4]}], **values
+    )
+    decay = {
+        name: (group["norm"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+    expected = hf_noneuclid.create_optimizer(model, lr=1.0)
+    norms = {name: group["norm"] for group in expected.param_groups for name in group["param_names"]}
+    stepped = {id(p): name for name, p in model.named_parameters()}
+    kept = [stepped[id(p)] for p in rest[1:-4]]
+    assert decay == {"transformer.wte.weight": ("ada_l2", 0.1)} | {name: (norms[name], 0.5) for name in kept}
+    assert {"spectral", "ada_l2"} == set(norms.values())
+
+
+def test_groups_that_cannot_be_routed_are_refused(arguments):
+    model, args = gpt2(), arguments()
+    optimizer_class, values = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    with pytest.raises(ValueError, match=r"learning rate of its own, 0\.5; here is one for all, 0\.01"):
+        optimizer_class([{"params": model.parameters(), "lr": 0.5}], **values)
+    with pytest.raises(ValueError, match="1 of the parameters to train are not in GPT2LMHeadModel"):
+        optimizer_class([*model.parameters(), nn.Parameter(torch.ones(2, 2))], **values)
+
+
+def test_a_trainer_that_asks_without_the_model_gets_its_own(arguments):
+    class AsksWithoutTheModel(Trainer):
+        def create_optimizer(self, model=None):
+            optimizer_class, values = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer_class(self.model.parameters(), **values)
+            return self.optimizer
+
+    trainer = AsksWithoutTheModel(gpt2(), arguments(max_steps=3), train_dataset=sequences())
+    trainer.train()
+    optimizer = find_optimizer(trainer.optimizer)
+    assert {p for group in optimizer.param_groups for p in group["params"]} == set(trainer.model.parameters())
+    assert optimizer.diagnostics()["steps"] == 3
+    with pytest.raises(ValueError, match=r"pass optimizers=\(hf_noneuclid.create_optimizer"):
+        Trainer.get_optimizer_cls_and_kwargs(arguments())
 
 
 def test_registering_again_changes_nothing():
@@ -450,10 +493,11 @@ def mean_of_batches(weights, window):
 
 
 @pytest.mark.usefixtures("unobserved")
-def test_a_hand_written_accelerate_loop_observes_its_loss():
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_hand_written_accelerate_loop_observes_its_loss(alone):
     accelerator, model, optimizer, prepared, loader = accelerated(accumulation=2)
-    observe_all_accelerators()
-    observe_all_accelerators()
+    for _ in range(2):  # again changes nothing
+        observe(accelerator) if alone else observe_all_accelerators()
     witness = Witness()
     for batch in loader:
         with accelerator.accumulate(model):
@@ -481,6 +525,84 @@ def test_the_loss_of_a_step_that_was_skipped_is_not_added_to_the_next():
     assert optimizer.diagnostics()["loss"] == pytest.approx(
         mean_over_tokens(weights, [sequences()[BATCH : 2 * BATCH]]), rel=1e-6
     )
+
+
+@pytest.mark.usefixtures("unobserved")
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_backward_between_two_steps_counts(accumulation):
+    accelerator, model, optimizer, prepared, loader = accelerated(accumulation)
+    observe(accelerator)
+    expected = 0.0
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(0.75 * loss, retain_graph=True)
+            accelerator.backward(0.25 * loss)
+            expected += loss.item() / accumulation
+            prepared.step()
+            prepared.zero_grad()
+            if accelerator.sync_gradients:
+                assert optimizer.diagnostics()["loss"] == pytest.approx(expected, rel=1e-6)
+                expected = 0.0
+
+
+class TwoBackwards(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        first = super().training_step(model, inputs, num_items_in_batch)
+        second = 0.125 * model.transformer.wte.weight.square().sum()
+        self.accelerator.backward(second)
+        self.seen = getattr(self, "seen", 0.0) + first.item() + second.item()
+        return first + second.detach()
+
+
+class MixedTwoBackwards(NonEuclidTrainerMixin, TwoBackwards):
+    pass
+
+
+@pytest.mark.parametrize("trainer_class", [TwoBackwards, MixedTwoBackwards])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_second_backward_in_a_training_step_counts(arguments, trainer_class, accumulation):
+    args = arguments(max_steps=1, gradient_accumulation_steps=accumulation)
+    trainer = trainer_class(gpt2(), args, train_dataset=sequences())
+    trainer.train()
+    assert optimizer_of(trainer).diagnostics()["loss"] == pytest.approx(trainer.seen, rel=1e-5)
+
+
+@pytest.mark.usefixtures("unobserved")
+def test_two_optimizers_on_one_accelerator_see_their_own_losses():
+    """A generator and its critic, each with its own loss, which reaches the other's parameters as well."""
+    accelerator = Accelerator(cpu=True)
+    generator, critic = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    ours = [hf_noneuclid.create_optimizer(net, lr=1e-2) for net in (generator, critic)]
+    generator, critic, of_generator, of_critic = accelerator.prepare(generator, critic, *ours)
+    observe(accelerator)
+    noise = torch.randn(8, 4)
+    for _ in range(3):
+        of_critic.zero_grad()
+        loss = 2 + critic(generator(noise).detach()).square().mean()
+        accelerator.backward(loss)
+        of_critic.step()
+        assert ours[1].diagnostics()["loss"] == loss.item()
+        of_generator.zero_grad()
+        loss = 3 - critic(generator(noise)).mean()  # it leaves gradients in the critic
+        accelerator.backward(loss)
+        of_generator.step()
+        assert ours[0].diagnostics()["loss"] == loss.item()
+
+
+def test_observed_losses_count_instead_of_what_a_closure_returns():
+    """As Lightning does it: the closure of a step is only the last of its micro-batches."""
+    model = nn.Linear(3, 2)
+    optimizer = hf_noneuclid.create_optimizer(model, lr=1e-2)
+    for step in range(2):
+        optimizer.observe_loss(4.0 + step)
+
+        def closure():
+            optimizer.observe_loss(2.0)
+            return torch.tensor(2.0)
+
+        optimizer.step(closure)
+        assert optimizer.diagnostics()["loss"] == 6.0 + step
 
 
 def test_observed_losses_add_up_until_a_window_begins():
@@ -934,6 +1056,67 @@ def test_bad_options_are_refused_before_training(arguments, trainer_class, optio
     assert written(args) == []
 
 
+@BY_NAME_AND_BY_CLASS
+@pytest.mark.parametrize("text", ["momentum", "momentum=0.9,", "a=b=c", {"momentum": 0.9}])
+def test_optim_args_that_are_no_pairs_are_refused_at_once(arguments, trainer_class, text):
+    with pytest.raises(ValueError, match=r"optim_args must be text.*'momentum=0.9,nuclear_norm=stale', not"):
+        trainer_class(gpt2(), arguments(optim_args=text))
+
+
+def test_a_misspelt_optimizer_is_refused_with_the_nearest_names(arguments):
+    with pytest.raises(
+        ValueError, match=r"'muonmax-mom' is not an optimizer.*Did you mean muonmax_momo"
+    ) as error:
+        arguments(optim="muonmax-mom")
+    assert "muonmax-momo" not in str(error.value)
+    with pytest.raises(ValueError, match="Did you mean adamw_torch"):
+        arguments(optim="adamw_torchh")
+
+
+def test_sparse_gradients_are_refused_before_training(arguments):
+    model = gpt2()
+    model.transformer.wpe.sparse = True
+    with pytest.raises(RuntimeError, match=r"transformer.wpe makes sparse gradients.*sparse=False"):
+        Trainer(model, arguments(), train_dataset=sequences()).train()
+
+
+def test_the_parameters_are_not_taken_for_the_model():
+    with pytest.raises(TypeError, match="needs the model, not generator"):
+        hf_noneuclid.create_optimizer(gpt2().parameters(), lr=1.0)
+
+
+@BY_NAME_AND_BY_CLASS
+def test_a_resumed_run_says_that_it_keeps_its_learning_rate(arguments, trainer_class, caplog):
+    args = arguments(max_steps=4, save_strategy="steps", save_steps=2, learning_rate=0.25)
+    train(trainer_class, args)
+    checkpoint = f"{args.output_dir}/checkpoint-2"
+    for rate, is_said in [(0.25, False), (0.5, True)]:
+        caplog.clear()
+        again = arguments(max_steps=4, learning_rate=rate, output_dir=args.output_dir)
+        trainer = trainer_class(gpt2(), again, train_dataset=sequences())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        message = "learning_rate=0.25 is taken from the checkpoint of step 2, not 0.5"
+        assert (message in caplog.text) is is_said
+        assert find_optimizer(trainer.optimizer).param_groups[0]["initial_lr"] == 0.25
+
+
+@BY_NAME_AND_BY_CLASS
+def test_the_log_begins_with_what_trains(arguments, trainer_class, caplog):
+    with caplog.at_level("INFO", logger="hf_noneuclid"):
+        trainer_class(gpt2(), arguments(learning_rate=1.0), train_dataset=sequences()).train()
+    lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
+    assert lines[0].startswith("matrices: 8 tensors, ")
+    assert "such as 2 x transformer.h.*.mlp.c_fc.weight (16, 64)" in lines[0]
+    assert lines[1].startswith("vectors: 20 tensors, ")
+    assert lines[2] == (
+        "muonmax_momo: the step size is bounded by the slope along the last step, Momo with "
+        "loss_lower_bound=0, the learning rate (1 now); one device"
+    )
+    with caplog.at_level("DEBUG", logger="hf_noneuclid"):
+        optimizer_of(trainer_class(gpt2(), arguments()))
+    assert "transformer.h.*.attn.c_attn.weight" in caplog.text
+
+
 def test_an_unknown_method_is_refused_with_the_known_ones(arguments):
     with pytest.raises(ValueError, match=r"muonmx.*muonmax_momo"):
         arguments(optim="muonmx")
@@ -1156,7 +1339,10 @@ class WithParametersInTheLoss(Trainer):
     head = nn.Linear(3, 3)
 
     def get_optimizer_cls_and_kwargs(self, args, model=None):
-        return super().get_optimizer_cls_and_kwargs(args, nn.ModuleList([self.model, self.head]))
+        whole = nn.ModuleList([self.model, self.head])
+        optimizer_class, values = super().get_optimizer_cls_and_kwargs(args, whole)
+        assert not {"params", "model", "optimizer_dict"} & set(values)
+        return optimizer_class, {**values, "optimizer_dict": [{"params": list(whole.parameters())}]}
 
 
 class MixedWithParametersInTheLoss(NonEuclidTrainerMixin, WithParametersInTheLoss):

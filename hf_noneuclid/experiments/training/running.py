@@ -49,8 +49,8 @@ def check_optimizer(args: RecipeArguments, model: PreTrainedModel) -> None:
             peer_of(args)
             return
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if "params" in options:  # one of ours; it allocates no state before its first step
-            optimizer_class(**options)
+        if "route" in options:  # one of ours; it allocates no state before its first step
+            optimizer_class(model.parameters(), **options)
     except (ValueError, ImportError) as error:
         raise InputError(f"--optim {args.method}: {error}") from error
 
