@@ -26,6 +26,7 @@ COMMANDS = {
     "run": "run any training script or module, unchanged, with the methods as values of --optim",
     "sweep": "run a suite: every method at every learning rate",
     "report": "report a sweep in tables and figures",
+    "routes": "show which parameters of a model or script are matrices",
     "plan": "predict the memory and communication of a run that you cannot try",
     "benchmark": "time an optimizer step against other optimizers",
     "publish": "push a trained model or a study to the Hugging Face Hub",

@@ -271,3 +271,31 @@ def test_the_package_needs_nothing_but_torch(tmp_path):
         assert attempt["imported"] == []
         for error in attempt["errors"]:
             assert "pip install 'hf_noneuclid[trainer]'" in (error or "no ImportError was raised")
+
+
+TRAINS = """
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments
+model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64))
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+rows = [{"input_ids": list(range(8)), "labels": list(range(8))}] * 8
+Trainer(model, args, train_dataset=rows).train()
+print("it has trained")
+"""
+
+
+@pytest.mark.parametrize(("optim", "code"), [("muon", 0), ("sgd", 1)])
+def test_routes_shows_the_matrices_of_a_script_and_does_not_train(tmp_path, optim, code):
+    (tmp_path / "train.py").write_text(TRAINS)
+    flags = ["--output_dir=out", "--use_cpu=true", "--report_to=none", "--max_steps=1", f"--optim={optim}"]
+    result = run("-m", "hf_noneuclid", "routes", "train.py", *flags, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert ("matrices: 8 tensors, 6,144 elements" in result.stdout) is (optim == "muon")
+    assert ("it has trained" in result.stdout) is (optim == "sgd")
+    assert ("had made no optimizer of hf_noneuclid" in result.stderr) is (optim == "sgd")
+
+
+def test_routes_shows_the_matrices_of_a_model(tmp_path):
+    result = run("-m", "hf_noneuclid", "routes", "tiny", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "matrices: " in result.stdout
+    assert run("-m", "hf_noneuclid", "routes", "tin", cwd=tmp_path, HF_HUB_OFFLINE="1").returncode == 2

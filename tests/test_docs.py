@@ -28,7 +28,7 @@ PAGES = (
     ".github/CONTRIBUTING.md",
 )
 RECIPES = ("pretrain", "finetune", "classify", "digits")
-COMMANDS = ("sweep", "report", "plan", "benchmark", "publish")
+COMMANDS = ("sweep", "report", "routes", "plan", "benchmark", "publish")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

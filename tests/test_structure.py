@@ -14,7 +14,7 @@ EXPERIMENTS = f"{PACKAGE}.experiments"
 
 # What the parts of the experiments may import from one another: those that stand before them.
 PARTS = ("common", "secrets", "costs", "training", "sweeping", "reporting", "publishing")
-COMMANDS = ("sweep", "report", "plan", "benchmark", "publish")
+COMMANDS = ("sweep", "report", "routes", "plan", "benchmark", "publish")
 COMMAND_LINE = ("cli", "__main__")
 NEEDS_TRANSFORMERS = ("trainer", "engine", "observation")
 
