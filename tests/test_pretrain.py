@@ -596,6 +596,19 @@ def written(tmp_path, name, content):
     return str(tmp_path / name)
 
 
+def test_files_with_columns_train_as_the_dataset_with_the_same_rows(tmp_path, dataset_folder):
+    """Nothing of the JSON is learnt: the tokenizer, the blocks and the losses are those of the texts."""
+    rows = f"{dataset_folder}/train.jsonl"
+    flags = ["--max_steps=2", "--vocab_size=300"]
+    files = train(tmp_path / "files", f"--train_files={rows}", f"--validation_files={rows}", *flags)
+    splits = ["--train_split=train", "--validation_split=train"]
+    dataset = train(tmp_path / "dataset", f"--dataset_name={dataset_folder}", *splits, *flags)
+    assert files["eval_loss"] == dataset["eval_loss"]
+    assert files["corpus"] == {**dataset["corpus"], "name": rows}
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "files").get_vocab()
+    assert vocabulary == AutoTokenizer.from_pretrained(tmp_path / "dataset").get_vocab()
+
+
 def test_files_that_cannot_be_read(tmp_path, capsys, text_file):
     latin = written(tmp_path, "latin.txt", b"plain " * 3 + "für".encode("latin-1"))
     message = refused(tmp_path, capsys, f"--train_files={latin}")
