@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def cost_of(flags: Mapping[str, Any], processes: int, flops: float) -> tuple[str
     """
     args = parser_of("pretrain").parse_args(as_arguments(flags))
     model_type: Any = ARGUMENT_TYPES["pretrain"][0]
-    model_args = model_type(**{name: getattr(args, name) for name in model_type.__dataclass_fields__})
+    model_args = model_type(**{item.name: getattr(args, item.name) for item in fields(model_type)})
     if args.tokenizer_name and args.model_type in CONFIG_MAPPING:
         size = CONFIG_MAPPING[args.model_type]().vocab_size  # assumed: the tokenizer of this model type
     else:  # a named configuration has the size

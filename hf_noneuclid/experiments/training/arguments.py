@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from hf_noneuclid.experiments.common import InputError, package_folder, require
 
@@ -21,6 +21,8 @@ def option(default: Any, text: str) -> Any:
 @dataclass
 class ModelArguments:
     """The model and tokenizer for pre-training. With none named: the recipe's small GPT-2 from scratch."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = option(None, "Checkpoint to continue from (Hub name or folder).")
     config_name: str | None = option(None, "Configuration of a model from scratch (Hub name or folder).")
@@ -56,6 +58,8 @@ class ModelArguments:
 class VisionArguments:
     """A vision transformer from scratch for the images of digits in scikit-learn, 8 x 8 pixels."""
 
+    _argument_group_name: ClassVar[str] = "model"
+
     hidden_size: int = option(64, "Width.")
     layers: int = option(4, "Layers.")
     patch_size: int = option(2, "Side of a patch, in pixels.")
@@ -64,6 +68,8 @@ class VisionArguments:
 @dataclass
 class PretrainedArguments:
     """The pretrained model that is fine-tuned, and which of its weights are trained."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = option(
         None, f"Checkpoint (Hub name or folder). Default: {DEFAULT_MODEL}, which pretrain.py makes."
@@ -121,6 +127,8 @@ def describe_base(
 @dataclass
 class SourceArguments:
     """Where the data comes from, and how long its sequences are. By default it is embedded."""
+
+    _argument_group_name: ClassVar[str] = "data"
 
     dataset_name: str | None = option(None, "Dataset (Hub name or folder).")
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
