@@ -673,21 +673,48 @@ def test_a_secret_among_the_options_is_refused_before_anything_is_written(
     assert load_suite(write(tmp_path), {"mask_token": "abc", "weight_decay": math.nan})
 
 
-def test_a_dry_run_shows_every_command_and_its_cost_and_writes_nothing(tmp_path, capsys):
-    write(tmp_path, more_seeds={"seeds": [1]})
-    folder = tmp_path / "out"
-    sweep.main(
-        [f"--suite={tmp_path / 'tiny.yaml'}", f"--output_dir={folder}", "--dry_run", "--device_flops=1e9"]
-    )
-    text = capsys.readouterr().out
+def dry_run(capsys, folder, *flags):
+    sweep.main([f"--suite={folder / 'tiny.yaml'}", f"--output_dir={folder / 'out'}", "--dry_run", *flags])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_a_dry_run_shows_every_command_and_its_cost_and_writes_nothing(tmp_path, capsys, use_cpu):
+    write(tmp_path, more_seeds={"seeds": [1]}, options={**TINY["options"], "use_cpu": use_cpu})
+    text = dry_run(capsys, tmp_path, "--device_flops=1e9")
     assert text.count("pretrain.py --optim=") == 12
     # Embeddings, one layer, and the last norm.
     parameters = 300 * 16 + 32 * 16 + 12 * 16**2 + 13 * 16 + 2 * 16
     hours = 6 * parameters * 256 / 1e9 / 3600
     assert f"2 steps of 128 tokens, 256 tokens, {parameters:,} parameters" in text
-    assert f"expected {6 * hours:.3g} GPU hours" in text
-    assert "Assumed: 1e+09 FLOP/s" in text
-    assert not folder.exists()
+    assert (f", {hours:.3g} GPU hours" in text) != use_cpu
+    assert (f"Expected {6 * hours:.3g} GPU hours" in text) != use_cpu
+    assert ("Assumed: 1e+09 FLOP/s" in text) != use_cpu
+    assert ("CPU hours are not known until a first run has finished" in text) == use_cpu
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "classify"])
+def test_the_dry_run_of_a_cpu_suite_expects_the_seconds_of_its_finished_runs(
+    tmp_path, capsys, monkeypatch, recipe
+):
+    """A curve without a finished run takes the mean over all runs; one that diverged tells no time."""
+    options = {"use_cpu": True, "max_steps": 2}
+    grid = [{"method": ["muon", "scion", "adamw_torch"], "learning_rate": [1e-3, 1e-2]}]
+    suite = load_suite(write(tmp_path, recipe=recipe, options=options, grid=grid, launch={"threads": 2}))
+    executor = Executor(suite, tmp_path / "out", Launch(threads=2), "this study")
+    outcomes = ({"seconds": 100}, {"seconds": 300}, {"seconds": 500}, {})
+    for run, outcome in zip(suite.runs()[:4], outcomes, strict=True):
+        metrics = {"eval_loss": 1.5, "diverged": not outcome, **outcome}
+        with monkeypatch.context() as patch:
+            fake_recipe(patch, WRITE.replace('{"eval_loss": 1.5, "diverged": False}', repr(metrics)))
+            assert executor(run, threading.Event()).state == ("done" if outcome else "diverged")
+    text = dry_run(capsys, tmp_path)
+    hours = 2 * (2 * (100 + 300) / 2 + 2 * 500 + 2 * (100 + 300 + 500) / 3) / 3600  # of two threads
+    assert f"Expected {hours:.3g} CPU hours in the first pass, from the seconds of 3 finished runs" in text
+    assert "GPU" not in text
+    other = dry_run(capsys, tmp_path, "--option=max_steps=3")
+    assert "CPU hours are not known" in other, "those runs were shorter"
 
 
 def test_the_dry_run_of_the_paper(capsys):
