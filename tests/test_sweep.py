@@ -695,26 +695,29 @@ def test_a_dry_run_shows_every_command_and_its_cost_and_writes_nothing(tmp_path,
 
 
 @pytest.mark.parametrize("recipe", ["pretrain", "finetune", "classify"])
-def test_the_dry_run_of_a_cpu_suite_expects_the_seconds_of_its_finished_runs(
-    tmp_path, capsys, monkeypatch, recipe
-):
+def test_the_dry_run_of_a_cpu_suite_expects_what_its_finished_runs_took(tmp_path, capsys, recipe):
     """A curve without a finished run takes the mean over all runs; one that diverged tells no time."""
     options = {"use_cpu": True, "max_steps": 2}
     grid = [{"method": ["muon", "scion", "adamw_torch"], "learning_rate": [1e-3, 1e-2]}]
     suite = load_suite(write(tmp_path, recipe=recipe, options=options, grid=grid, launch={"threads": 2}))
-    executor = Executor(suite, tmp_path / "out", Launch(threads=2), "this study")
-    outcomes = ({"seconds": 100}, {"seconds": 300}, {"seconds": 500}, {})
-    for run, outcome in zip(suite.runs()[:4], outcomes, strict=True):
-        metrics = {"eval_loss": 1.5, "diverged": not outcome, **outcome}
-        with monkeypatch.context() as patch:
-            fake_recipe(patch, WRITE.replace('{"eval_loss": 1.5, "diverged": False}', repr(metrics)))
-            assert executor(run, threading.Event()).state == ("done" if outcome else "diverged")
+    path, stop = tmp_path / "out" / "study.db", threading.Event()
+    took = [100.0, 300.0, 500.0]
+
+    def execute(run, *_):
+        if took:
+            return Result(run, "done", loss=1.0, seconds=took.pop(0))
+        stop.set()
+        return Result(run, "diverged", seconds=7.0)
+
+    work(stored(path, suite), execute, stop=stop)
+    before = path.read_bytes()
     text = dry_run(capsys, tmp_path)
     hours = 2 * (2 * (100 + 300) / 2 + 2 * 500 + 2 * (100 + 300 + 500) / 3) / 3600  # of two threads
-    assert f"Expected {hours:.3g} CPU hours in the first pass, from the seconds of 3 finished runs" in text
+    assert f"Expected {hours:.3g} CPU hours in the first pass, as 3 finished runs took" in text
     assert "GPU" not in text
-    other = dry_run(capsys, tmp_path, "--option=max_steps=3")
-    assert "CPU hours are not known" in other, "those runs were shorter"
+    assert "CPU hours are not known" in dry_run(capsys, tmp_path, "--option=max_steps=3"), "another suite"
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["study.db"]
 
 
 def test_the_dry_run_of_the_paper(capsys):

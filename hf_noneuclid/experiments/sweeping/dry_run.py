@@ -1,9 +1,8 @@
 """What a suite would run and cost. Nothing is run or written."""
 
-import json
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 from hf_noneuclid.experiments.sweeping.commands import Launch, as_arguments, command_of, recipe_flags
 from hf_noneuclid.experiments.sweeping.execution import START, run_folder
-from hf_noneuclid.experiments.sweeping.suite import Suite
+from hf_noneuclid.experiments.sweeping.suite import Result, Suite
 from hf_noneuclid.experiments.sweeping.suite_checks import check_suite, parser_of
 from hf_noneuclid.experiments.training.model import load_config
 from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES
@@ -25,11 +24,11 @@ OF_MODEL = ("model_name_or_path", "model_type", "config_overrides")
 FLOPS = 6  # per parameter and token: forward 2, backward 4; without attention and polar factors
 
 
-def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
+def show(suite: Suite, launch: Launch, folder: Path, flops: float, found: Iterable[Result]) -> None:
     """Prints the command and the cost of every run, on GPUs of so many operations per second.
 
     Tokens are known for pretraining only: the models of the other recipes have to be loaded first. The hours
-    on a CPU are those that finished runs in the folder have taken.
+    on a CPU are told from the results that were found.
 
     Raises:
         InputError: Something that the suite names does not exist.
@@ -55,32 +54,25 @@ def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
         tokens = sum(costs[run.curve][1] for run in first)
         print(f"# {tokens:,} tokens in the first pass, without runs that have no max_steps")
     if on_cpu:
-        print(f"# {cpu_hours(suite, launch, folder)}")
+        print(f"# {cpu_hours(suite, launch, found)}")
     elif costs:
         hours = sum(costs[run.curve][2] for run in first)
         print(f"# Expected {hours:.3g} GPU hours in the first pass")
         print(f"# Assumed: {flops:.3g} FLOP/s of a GPU, {FLOPS} operations per parameter and token")
 
 
-def cpu_hours(suite: Suite, launch: Launch, folder: Path) -> str:
+def cpu_hours(suite: Suite, launch: Launch, found: Iterable[Result]) -> str:
     """What the first pass takes, in words: by the finished runs of a curve, or by all where it has none."""
     seconds: dict[str, list[float]] = defaultdict(list)
-    for run in suite.possible_runs():
-        left = [run_folder(folder, run) / name for name in ("run.json", "metrics.json")]
-        if all(path.is_file() for path in left):
-            note, metrics = (json.loads(path.read_text(encoding="utf-8")) for path in left)
-            is_same = note["flags"] == recipe_flags(suite, run, launch.processes)
-            # A run that went on after an interruption, or that diverged, does not say how long one takes.
-            if is_same and not note["resumed"] and not metrics["diverged"]:
-                seconds[run.curve].append(metrics["seconds"])
+    for result in found:
+        if result.state == "done" and result.seconds is not None:
+            seconds[result.run.curve].append(result.seconds)
     if not seconds:
         return "CPU hours are not known until a first run has finished"
     measured = [value for values in seconds.values() for value in values]
     total = sum(fmean(seconds.get(run.curve, measured)) for run in suite.runs())
     hours = total * launch.processes * launch.threads / 3600
-    return (
-        f"Expected {hours:.3g} CPU hours in the first pass, from the seconds of {len(measured)} finished runs"
-    )
+    return f"Expected {hours:.3g} CPU hours in the first pass, as {len(measured)} finished runs took"
 
 
 def cost_of(flags: Mapping[str, Any], processes: int, flops: float | None) -> tuple[str, int, float]:
