@@ -1,10 +1,13 @@
 """The text of the recipes: parts that do not overlap, and blocks that lose nothing."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
+from hf_noneuclid.experiments.common import InputError
 from hf_noneuclid.experiments.training import packing
 from hf_noneuclid.experiments.training.arguments import DataArguments
 from hf_noneuclid.experiments.training.data import Documents, load_corpus
@@ -42,11 +45,42 @@ def test_a_file_is_cut_at_a_line_end(tmp_path):
 
 
 def test_validation_files_leave_the_training_files_whole(tmp_path):
-    for name in "ab":
+    for name in ("a.txt", "b.md"):
         (tmp_path / name).write_text(f"\ufeffthe text of {name}", encoding="utf-8")
-    files = {"train_files": [str(tmp_path / "a")], "validation_files": [str(tmp_path / "b")]}
+    files = {"train_files": [str(tmp_path / "a.txt")], "validation_files": [str(tmp_path / "b.md")]}
     loaded = load_corpus(DataArguments(**files), seed=0)
-    assert [*loaded.train, *loaded.validation] == ["the text of a", "the text of b"]
+    assert [*loaded.train, *loaded.validation] == ["the text of a.txt", "the text of b.md"]
+
+
+WRITERS = {
+    "json": lambda rows, path: rows.to_json(path, lines=False),
+    "jsonl": datasets.Dataset.to_json,
+    "csv": datasets.Dataset.to_csv,
+    "parquet": datasets.Dataset.to_parquet,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_each_row_of_a_file_with_columns_is_a_document(tmp_path, kind):
+    texts, path = [f"first, {i}\nsecond" for i in range(40)], str(tmp_path / f"a.{kind}")
+    WRITERS[kind](datasets.Dataset.from_dict({"id": range(40), "body": texts}), path)
+    loaded = load_corpus(DataArguments(train_files=[path], text_column="body"), seed=0)
+    assert list(loaded.validation) == [texts[0], texts[20]]
+    assert list(loaded.train) == [*texts[1:20], *texts[21:]]
+    both = DataArguments(train_files=[path, path], validation_files=[path], text_column="body")
+    loaded = load_corpus(both, seed=0)
+    assert [*loaded.train, *loaded.validation] == texts * 3
+    with pytest.raises(InputError, match=r"no column 'text'; --text_column is one of: id, body"):
+        load_corpus(DataArguments(train_files=[path]), seed=0)
+
+
+@pytest.mark.parametrize("names", [["a.pdf"], ["a"], ["a.txt", "b.jsonl"], ["a.csv", "b.parquet"]])
+def test_files_of_another_kind_or_of_several_are_refused(tmp_path, names):
+    paths = [str(tmp_path / name) for name in names]
+    for path in paths:
+        Path(path).write_text("text\n")
+    with pytest.raises(InputError, match=r"one kind, one of \.json, \.jsonl, \.csv, \.parquet, \.txt, \.md"):
+        load_corpus(DataArguments(train_files=paths), seed=0)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

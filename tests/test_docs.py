@@ -131,10 +131,13 @@ def program(words):
 
 @cache
 def help_of(kind, name):
-    """What --help prints, in this process: importing transformers again for each would take long."""
+    """What --help_all of a recipe or --help of a command prints, in this process.
+
+    Importing transformers again for each would take long.
+    """
     script = str(ROOT / "recipes" / f"{name}.py")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
-        patch.setattr(sys, "argv", [script, "--help"])
+        patch.setattr(sys, "argv", [script, "--help_all"])
         try:
             runpy.run_path(script, run_name="__main__") if kind == "recipe" else cli.main([name, "--help"])
         except SystemExit as end:

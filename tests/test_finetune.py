@@ -56,7 +56,7 @@ from hf_noneuclid.experiments.training.arguments import (
     PretrainedArguments,
 )
 from hf_noneuclid.experiments.training.classification import AccuracyAndMacroF1, class_names
-from hf_noneuclid.experiments.training.data import Corpus, check_columns, hold_out
+from hf_noneuclid.experiments.training.data import Corpus, check_columns, hold_out, load_rows
 from hf_noneuclid.experiments.training.isolation import check_isolation
 from hf_noneuclid.experiments.training.model import train_tokenizer
 from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES, parse
@@ -611,6 +611,27 @@ def test_numbers_as_classes_stay_in_their_order(tmp_path, base):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.pad_token_id == 0
     assert model.score.weight.shape == (11, 16)
+
+
+def test_rows_of_a_parquet_file_are_those_of_the_jsonl_file(tmp_path, classes):
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_json(classes).to_parquet(path)
+    parts = [load_rows(ClassifyDataArguments(train_files=[name])) for name in (classes, str(path))]
+    assert parts[0].train.to_list() == parts[1].train.to_list()
+    assert parts[0].validation.to_list() == parts[1].validation.to_list()
+
+
+def test_the_old_domain_is_read_by_the_text_column(tmp_path, tokenizer):
+    text = "the king said unto his people\n" * 40
+    (tmp_path / "old.txt").write_text(text)
+    files = [str(tmp_path / "old.txt"), write_rows(tmp_path / "old.jsonl", [{"body": text}])]
+    read = [
+        causal.encode_old_domain(
+            FinetuneDataArguments(old_domain_files=[file], text_column="body"), tokenizer
+        ).sha256
+        for file in files
+    ]
+    assert read[0] == read[1]
 
 
 # ---------------------------------------------------------------- the embedded run

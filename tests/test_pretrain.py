@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -14,7 +16,7 @@ import pretrain
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 
 from hf_noneuclid.experiments import common
 from hf_noneuclid.experiments.common import ExitCode, InputError, series, write_whole
@@ -594,6 +596,46 @@ def written(tmp_path, name, content):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(content)
     return str(tmp_path / name)
+
+
+def help_of(capsys, recipe, flag):
+    with pytest.raises(SystemExit) as end:
+        parse([flag], ARGUMENT_TYPES[recipe])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ARGUMENT_TYPES)
+def test_help_shows_the_options_of_the_recipe_in_groups_and_those_of_the_trainer_on_demand(capsys, recipe):
+    short, long = (help_of(capsys, recipe, flag) for flag in ("--help", "--help_all"))
+    titles = re.findall(r"^(\w[\w ,]*):$", short, re.MULTILINE)
+    assert titles == ["options", "model"] + ["data"] * (recipe != "digits") + ["training"]
+    assert re.findall(r"^(\w[\w ,]*):$", long, re.MULTILINE) == [*titles, "all others, of the Trainer"]
+    flags, all_flags = (re.findall(r"^  (--\w+)", text, re.MULTILINE) for text in (short, long))
+    assert all_flags[: len(flags)] == flags
+    own = {item.name for kind in ARGUMENT_TYPES[recipe] for item in fields(kind) if item.init}
+    of_trainer = {item.name for item in fields(TrainingArguments) if item.init}
+    named = {flag[2:] for flag in flags} - {"help_all", "config"}
+    assert own - of_trainer <= named
+    assert {"optim", "optim_args", "learning_rate", "max_steps"} <= named
+    assert not {"seed", "bf16", "adafactor"} & named
+    assert {flag[2:] for flag in all_flags} - {"help_all", "config"} == own | of_trainer
+    assert "see --help_all" in short.splitlines()[-1]
+    assert "--max-steps" not in long
+    assert parse(["--max-steps=3"], ARGUMENT_TYPES[recipe])[-1].max_steps == 3
+
+
+def test_files_with_columns_train_as_the_dataset_with_the_same_rows(tmp_path, dataset_folder):
+    """Nothing of the JSON is learnt: the tokenizer, the blocks and the losses are those of the texts."""
+    rows = f"{dataset_folder}/train.jsonl"
+    flags = ["--max_steps=2", "--vocab_size=300"]
+    files = train(tmp_path / "files", f"--train_files={rows}", f"--validation_files={rows}", *flags)
+    splits = ["--train_split=train", "--validation_split=train"]
+    dataset = train(tmp_path / "dataset", f"--dataset_name={dataset_folder}", *splits, *flags)
+    assert files["eval_loss"] == dataset["eval_loss"]
+    assert files["corpus"] == {**dataset["corpus"], "name": rows}
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "files").get_vocab()
+    assert vocabulary == AutoTokenizer.from_pretrained(tmp_path / "dataset").get_vocab()
 
 
 def test_files_that_cannot_be_read(tmp_path, capsys, text_file):

@@ -96,6 +96,34 @@ def test_the_suites_can_be_run(name):
         suite_checks.check_suite(suite, suite.launch["processes"] or 1)
 
 
+def test_a_block_whose_column_names_an_option_is_a_block_for_each_value(tmp_path):
+    """A study that was made with the blocks written out is of the same suite."""
+    rest = {"method": ["muon", "scion"], "learning_rate": [1.0]}
+    momentum = {"momentum": [0.9]}
+    one = [
+        {**rest, "column": "first_step", "method_options": {**momentum, "first_step": ["1e-8", "1e-2"]}},
+        {**rest, "column": "max_steps", "options": {"max_steps": [4, 5]}},
+        {**rest, "column": "anything", "method_options": momentum},
+    ]
+    several = [
+        {**rest, "column": "1e-8", "method_options": {**momentum, "first_step": [1e-8]}},
+        {**rest, "column": "1e-2", "method_options": {**momentum, "first_step": [1e-2]}},
+        {**rest, "column": "4", "options": {"max_steps": [4]}},
+        {**rest, "column": "5", "options": {"max_steps": [5]}},
+        one[2],
+    ]
+    short, written_out = load(tmp_path, grid=one), load(tmp_path, grid=several)
+    assert short == written_out
+    assert [run.key for run in short.runs()] == [run.key for run in written_out.runs()]
+
+
+def test_the_first_steps_stand_in_columns_as_they_are_written():
+    for suite in load_suites("step_size_start"):
+        runs = [run for run in suite.runs() if "first_step" in run.method_options]
+        found = [(suite.block_of(run)["column"], run.method_options["first_step"]) for run in runs]
+        assert list(dict.fromkeys(found)) == [(f"1e-{i}", float(f"1e-{i}")) for i in range(8, 1, -1)]
+
+
 def test_the_variants_are_all_36_combinations():
     runs = load_suite("variants").runs()
     assert len({run.curve for run in runs}) == 36

@@ -673,21 +673,51 @@ def test_a_secret_among_the_options_is_refused_before_anything_is_written(
     assert load_suite(write(tmp_path), {"mask_token": "abc", "weight_decay": math.nan})
 
 
-def test_a_dry_run_shows_every_command_and_its_cost_and_writes_nothing(tmp_path, capsys):
-    write(tmp_path, more_seeds={"seeds": [1]})
-    folder = tmp_path / "out"
-    sweep.main(
-        [f"--suite={tmp_path / 'tiny.yaml'}", f"--output_dir={folder}", "--dry_run", "--device_flops=1e9"]
-    )
-    text = capsys.readouterr().out
+def dry_run(capsys, folder, *flags):
+    sweep.main([f"--suite={folder / 'tiny.yaml'}", f"--output_dir={folder / 'out'}", "--dry_run", *flags])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_a_dry_run_shows_every_command_and_its_cost_and_writes_nothing(tmp_path, capsys, use_cpu):
+    write(tmp_path, more_seeds={"seeds": [1]}, options={**TINY["options"], "use_cpu": use_cpu})
+    text = dry_run(capsys, tmp_path, "--device_flops=1e9")
     assert text.count("pretrain.py --optim=") == 12
     # Embeddings, one layer, and the last norm.
     parameters = 300 * 16 + 32 * 16 + 12 * 16**2 + 13 * 16 + 2 * 16
     hours = 6 * parameters * 256 / 1e9 / 3600
     assert f"2 steps of 128 tokens, 256 tokens, {parameters:,} parameters" in text
-    assert f"expected {6 * hours:.3g} GPU hours" in text
-    assert "Assumed: 1e+09 FLOP/s" in text
-    assert not folder.exists()
+    assert (f", {hours:.3g} GPU hours" in text) != use_cpu
+    assert (f"Expected {6 * hours:.3g} GPU hours" in text) != use_cpu
+    assert ("Assumed: 1e+09 FLOP/s" in text) != use_cpu
+    assert ("CPU hours are not known until a first run has finished" in text) == use_cpu
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "classify"])
+def test_the_dry_run_of_a_cpu_suite_expects_what_its_finished_runs_took(tmp_path, capsys, recipe):
+    """A curve without a finished run takes the mean over all runs; one that diverged tells no time."""
+    options = {"use_cpu": True, "max_steps": 2}
+    grid = [{"method": ["muon", "scion", "adamw_torch"], "learning_rate": [1e-3, 1e-2]}]
+    suite = load_suite(write(tmp_path, recipe=recipe, options=options, grid=grid, launch={"threads": 2}))
+    path, stop = tmp_path / "out" / "study.db", threading.Event()
+    took = [100.0, 300.0, 500.0]
+
+    def execute(run, *_):
+        if took:
+            return Result(run, "done", loss=1.0, seconds=took.pop(0))
+        stop.set()
+        return Result(run, "diverged", seconds=7.0)
+
+    work(stored(path, suite), execute, stop=stop)
+    before = path.read_bytes()
+    text = dry_run(capsys, tmp_path)
+    hours = 2 * (2 * (100 + 300) / 2 + 2 * 500 + 2 * (100 + 300 + 500) / 3) / 3600  # of two threads
+    assert f"Expected {hours:.3g} CPU hours in the first pass, as 3 finished runs took" in text
+    assert "GPU" not in text
+    assert "CPU hours are not known" in dry_run(capsys, tmp_path, "--option=max_steps=3"), "another suite"
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["study.db"]
 
 
 def test_the_dry_run_of_the_paper(capsys):

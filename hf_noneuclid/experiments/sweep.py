@@ -74,14 +74,14 @@ def sweep_one(args: argparse.Namespace, suite: Suite, folder: Path) -> int:
     launch = choose_launch(suite, args.processes, args.accelerate_config)
     for run in suite.possible_runs():
         recipe_flags(suite, run, launch.processes)  # the global batch is checked before anything else
+    storage = args.storage or default_storage(folder)
+    name = "/".join(filter(None, (args.study_name, suite.task))) if args.study_name else suite.name
     if args.dry_run:
         from hf_noneuclid.experiments.sweeping import dry_run  # imports torch
 
-        dry_run.show(suite, launch, folder, args.device_flops)
+        dry_run.show(suite, launch, folder, args.device_flops, results_so_far(storage, name, suite))
         return 0
     check_folder(folder)
-    storage = args.storage or default_storage(folder)
-    name = "/".join(filter(None, (args.study_name, suite.task))) if args.study_name else suite.name
     study = prepare_study(storage, name, suite, launch.processes)
     queue = TrialQueue(study, suite)
     if args.retry_failed:
@@ -117,6 +117,16 @@ def prepare_study(storage: str, name: str, suite: Suite, processes: int) -> optu
         study.set_user_attr("id", uuid.uuid4().hex)
         study.set_user_attr("suite", asdict(suite))
     return study
+
+
+def results_so_far(storage: str, name: str, suite: Suite) -> list[Result]:
+    """The results in the study of the same suite; none where there is no such study."""
+    try:
+        study = open_study(storage, name)
+        check_same(suite_of(study), suite, storage)
+    except InputError:
+        return []
+    return results(study)
 
 
 def check_same(old: Suite, new: Suite, storage: str) -> None:

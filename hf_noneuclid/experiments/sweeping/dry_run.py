@@ -1,8 +1,11 @@
 """What a suite would run and cost. Nothing is run or written."""
 
 import shlex
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 from hf_noneuclid.experiments.sweeping.commands import Launch, as_arguments, command_of, recipe_flags
 from hf_noneuclid.experiments.sweeping.execution import START, run_folder
-from hf_noneuclid.experiments.sweeping.suite import Suite
+from hf_noneuclid.experiments.sweeping.suite import Result, Suite
 from hf_noneuclid.experiments.sweeping.suite_checks import check_suite, parser_of
 from hf_noneuclid.experiments.training.model import load_config
 from hf_noneuclid.experiments.training.options import ARGUMENT_TYPES
@@ -21,16 +24,18 @@ OF_MODEL = ("model_name_or_path", "model_type", "config_overrides")
 FLOPS = 6  # per parameter and token: forward 2, backward 4; without attention and polar factors
 
 
-def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
+def show(suite: Suite, launch: Launch, folder: Path, flops: float, found: Iterable[Result]) -> None:
     """Prints the command and the cost of every run, on GPUs of so many operations per second.
 
-    Costs are known for pretraining only: the models of the other recipes have to be loaded first.
+    Tokens are known for pretraining only: the models of the other recipes have to be loaded first. The hours
+    on a CPU are told from the results that were found.
 
     Raises:
         InputError: Something that the suite names does not exist.
     """
     check_suite(suite, launch.processes)
     first, possible = suite.runs(), suite.possible_runs()
+    on_cpu = suite.options.get("use_cpu")
     costs: dict[str, tuple[str, int, float]] = {}
     if suite.start:
         print("# First, the model that every run starts from")
@@ -39,7 +44,7 @@ def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
         flags = recipe_flags(suite, run, launch.processes)
         if suite.recipe == "pretrain" and run.curve not in costs:  # rate and seed do not change the cost
             model = {name: suite.start.get(name) for name in OF_MODEL if suite.start}  # is not there yet
-            costs[run.curve] = cost_of({**flags, **model}, launch.processes, flops)
+            costs[run.curve] = cost_of({**flags, **model}, launch.processes, None if on_cpu else flops)
         print(f"# {run}" + (f": {costs[run.curve][0]}" if costs else ""))
         command = [*command_of(suite.recipe, launch, flags), f"--output_dir={run_folder(folder, run)}"]
         print(shlex.join(command))
@@ -47,21 +52,40 @@ def show(suite: Suite, launch: Launch, folder: Path, flops: float) -> None:
     print(f"# {len(first)} runs in the first pass" + (more if len(possible) > len(first) else ""))
     if costs:
         tokens = sum(costs[run.curve][1] for run in first)
+        print(f"# {tokens:,} tokens in the first pass, without runs that have no max_steps")
+    if on_cpu:
+        print(f"# {cpu_hours(suite, launch, found)}")
+    elif costs:
         hours = sum(costs[run.curve][2] for run in first)
-        print(f"# {tokens:,} tokens, expected {hours:.3g} GPU hours in the first pass")
+        print(f"# Expected {hours:.3g} GPU hours in the first pass")
         print(f"# Assumed: {flops:.3g} FLOP/s of a GPU, {FLOPS} operations per parameter and token")
-        print("# Runs without max_steps are not counted: their tokens depend on the length of the text")
 
 
-def cost_of(flags: Mapping[str, Any], processes: int, flops: float) -> tuple[str, int, float]:
-    """The cost of a run of pretrain: in words, its tokens, and its GPU hours. Only a configuration is loaded.
+def cpu_hours(suite: Suite, launch: Launch, found: Iterable[Result]) -> str:
+    """What the first pass takes, in words: by the finished runs of a curve, or by all where it has none."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for result in found:
+        if result.state == "done" and result.seconds is not None:
+            seconds[result.run.curve].append(result.seconds)
+    if not seconds:
+        return "CPU hours are not known until a first run has finished"
+    measured = [value for values in seconds.values() for value in values]
+    total = sum(fmean(seconds.get(run.curve, measured)) for run in suite.runs())
+    hours = total * launch.processes * launch.threads / 3600
+    return f"Expected {hours:.3g} CPU hours in the first pass, as {len(measured)} finished runs took"
+
+
+def cost_of(flags: Mapping[str, Any], processes: int, flops: float | None) -> tuple[str, int, float]:
+    """The cost of a run of pretrain: in words, its tokens, and its GPU hours, 0 without a speed of the GPU.
+
+    Only a configuration is loaded.
 
     Raises:
         InputError: The model cannot be configured.
     """
     args = parser_of("pretrain").parse_args(as_arguments(flags))
     model_type: Any = ARGUMENT_TYPES["pretrain"][0]
-    model_args = model_type(**{name: getattr(args, name) for name in model_type.__dataclass_fields__})
+    model_args = model_type(**{item.name: getattr(args, item.name) for item in fields(model_type)})
     if args.tokenizer_name and args.model_type in CONFIG_MAPPING:
         size = CONFIG_MAPPING[args.model_type]().vocab_size  # assumed: the tokenizer of this model type
     else:  # a named configuration has the size
@@ -75,6 +99,8 @@ def cost_of(flags: Mapping[str, Any], processes: int, flops: float) -> tuple[str
     if args.max_steps < 1:
         return f"{batch:,} tokens a step, {parameters:,} parameters", 0, 0.0
     tokens = args.max_steps * batch
+    cost = f"{args.max_steps:,} steps of {batch:,} tokens, {tokens:,} tokens, {parameters:,} parameters"
+    if flops is None:
+        return cost, tokens, 0.0
     hours = FLOPS * parameters * tokens / flops / 3600
-    steps = f"{args.max_steps:,} steps of {batch:,} tokens, {tokens:,} tokens"
-    return f"{steps}, {parameters:,} parameters, {hours:.3g} GPU hours", tokens, hours
+    return f"{cost}, {hours:.3g} GPU hours", tokens, hours

@@ -34,7 +34,7 @@ def check_suite(suite: Suite, processes: int) -> None:
             if name not in known:
                 near = difflib.get_close_matches(name, known)
                 hint = f"similar ones are {', '.join(near)}; " if near else ""
-                raise InputError(f"{where}: {script} has no option {name!r}; {hint}see {script} --help")
+                raise InputError(f"{where}: {script} has no option {name!r}; {hint}see {script} --help_all")
         _check_method(run.method, flags.get("optim_args") or "", where)
         try:
             parser.parse_args(as_arguments(flags))

@@ -80,7 +80,8 @@ def _read_suite(given: Mapping[str, Any], overrides: Mapping[str, Any], where: s
         require(given.get(key), f"{where}: {key} is missing or empty")
     recipe = given["recipe"]
     require(recipe in RECIPES, f"{where}: unknown recipe {recipe!r}; known are {', '.join(RECIPES)}")
-    grid = [_block(block, f"{where}, grid block {i}") for i, block in enumerate(_list(given["grid"]), 1)]
+    read = [_block(block, f"{where}, grid block {i}") for i, block in enumerate(_list(given["grid"]), 1)]
+    grid = [part for block in read for part in _by_column(block)]
     methods = sorted({method for block in grid for method in block["method"]})
     per_method = _mapping(given.get("per_method"), f"{where}, per_method")
     for method in per_method:
@@ -114,6 +115,24 @@ def _block(content: Any, where: str) -> dict[str, Any]:
     more = {"flags": _flags(_mapping(block.get("flags"), where), where)} if "flags" in block else {}
     more |= {key: block[key] for key in ("more_seeds", "column") if key in block}
     return {"method": [str(name) for name in lists["method"]], "learning_rate": rates, **options, **more}
+
+
+def _by_column(block: dict[str, Any]) -> list[dict[str, Any]]:
+    """The block itself, or where ``column`` names an option, a block for each value, which is its column."""
+    for kind in ("method_options", "options"):
+        if values := block[kind].get(block.get("column")):
+            name = block["column"]
+            parts = [(str(value), {**block[kind], name: [_as_number(value)]}) for value in values]
+            return [{**block, "column": column, kind: options} for column, options in parts]
+    return [block]
+
+
+def _as_number(value: Any) -> Any:
+    """The number that a text stands for: YAML reads 1e-3 as a text, which is good as the name of a column."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _flags(flags: Mapping[str, Any], where: str, reserved: Iterable[str] = RESERVED) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from hf_noneuclid.experiments.common import InputError, package_folder, require
 
@@ -21,6 +21,8 @@ def option(default: Any, text: str) -> Any:
 @dataclass
 class ModelArguments:
     """The model and tokenizer for pre-training. With none named: the recipe's small GPT-2 from scratch."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = option(None, "Checkpoint to continue from (Hub name or folder).")
     config_name: str | None = option(None, "Configuration of a model from scratch (Hub name or folder).")
@@ -56,6 +58,8 @@ class ModelArguments:
 class VisionArguments:
     """A vision transformer from scratch for the images of digits in scikit-learn, 8 x 8 pixels."""
 
+    _argument_group_name: ClassVar[str] = "model"
+
     hidden_size: int = option(64, "Width.")
     layers: int = option(4, "Layers.")
     patch_size: int = option(2, "Side of a patch, in pixels.")
@@ -64,6 +68,8 @@ class VisionArguments:
 @dataclass
 class PretrainedArguments:
     """The pretrained model that is fine-tuned, and which of its weights are trained."""
+
+    _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str | None = option(
         None, f"Checkpoint (Hub name or folder). Default: {DEFAULT_MODEL}, which pretrain.py makes."
@@ -122,13 +128,15 @@ def describe_base(
 class SourceArguments:
     """Where the data comes from, and how long its sequences are. By default it is embedded."""
 
+    _argument_group_name: ClassVar[str] = "data"
+
     dataset_name: str | None = option(None, "Dataset (Hub name or folder).")
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     dataset_revision: str | None = option(None, "Branch, tag or commit of the dataset.")
     train_split: str = option("train", "Split to train on; train[:10%%] is allowed.")
     validation_split: str | None = option(None, "Split to evaluate on. Default: a part of the train split.")
     text_column: str = option("text", "Column that holds the text.")
-    train_files: list[str] | None = option(None, "Files: UTF-8 text; to fine-tune: json, jsonl, csv or txt.")
+    train_files: list[str] | None = option(None, "Files: json, jsonl, csv or parquet; txt or md in UTF-8.")
     validation_files: list[str] | None = option(None, "Files to evaluate on.")
     block_size: int = option(256, "Largest number of tokens in a sequence.")
     eval_blocks: int = option(32, "Validation sequences, evenly spread, evaluated while training.")
@@ -160,15 +168,16 @@ class SourceArguments:
 
 @dataclass
 class DataArguments(SourceArguments):
-    """The text for pre-training: UTF-8 files, each a document, or a dataset; by default the embedded corpus.
+    """The text for pre-training: files or a dataset; by default the embedded corpus.
 
-    Of files, the last 5 % of each are held out where no validation files are given.
+    A txt or md file is a document; of other files, each row is one. Where no validation files are given, the
+    last 5 % of each txt or md file are held out, and of other files every 20th row.
     """
 
     embedded_text: Literal["bible", "docstrings"] = option(
         "bible", "The embedded corpus: the King James Bible, or docstrings of torch and transformers."
     )
-    validation_documents: int = option(1000, "Documents held out where there is no validation split.")
+    validation_documents: int = option(1000, "Documents of a dataset held out without a validation split.")
     streaming: bool = option(False, "Read the dataset while training (no download).")
     shuffle_buffer: int = option(10_000, "Documents shuffled together when streaming; 0 keeps the order.")
 
@@ -180,7 +189,7 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class RowArguments(SourceArguments):
-    """The rows for fine-tuning: json, jsonl, csv or txt files (a line is a row), or a dataset."""
+    """The rows for fine-tuning: files (in txt and md, a line is a row), or a dataset."""
 
     validation_share: float = option(0.05, "Share of the rows held out where no validation data is named.")
     max_train_rows: int | None = option(None, "Train on at most this many rows.")

@@ -78,7 +78,8 @@ def encode_old_domain(args: FinetuneDataArguments, tokenizer: PreTrainedTokenize
     files = args.old_domain_files
     if not files and not args.embedded:
         return None
-    corpus = load_corpus(DataArguments(train_files=files, validation_files=files), seed=0)
+    texts = DataArguments(train_files=files, validation_files=files, text_column=args.text_column)
+    corpus = load_corpus(texts, seed=0)
     return pack(
         corpus.validation, tokenizer, args.block_size, args.max_validation_blocks or OLD_DOMAIN_BLOCKS
     )

@@ -18,8 +18,10 @@ from hf_noneuclid.experiments.training.arguments import (
     SourceArguments,
 )
 
-HELD_OUT_SHARE = 0.05  # of each local text file when no validation files are given
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+# Without validation files, the last 20th of each local text is held out, or every 20th row of other files.
+HELD_OUT = 20
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+READERS |= {".txt": "text", ".md": "text"}
 SPLIT_SEED = 0  # the same rows are held out whatever the seed of the run
 logger = get_logger(__name__)
 
@@ -54,7 +56,7 @@ def load_corpus(args: DataArguments, seed: int) -> Corpus:
     if args.dataset_name:
         corpus = _documents(args, seed)
     elif args.train_files:
-        corpus = _text_files(args.train_files, args.validation_files)
+        corpus = _files(args, args.train_files)
     elif args.embedded_text == "docstrings":
         name, *parts, license_ = embedded.read_docstrings()
         train, validation = (list(part["text"]) for part in parts)
@@ -90,14 +92,26 @@ def _load_texts(args: DataArguments, split: str) -> Any:
     return dataset
 
 
-def _text_files(train_names: Sequence[str], validation_names: Sequence[str] | None) -> Corpus:
-    """Local files, held in memory; a file is a document."""
-    train = [_read_text(name) for name in train_names]
-    if validation_names:
-        validation = [_read_text(name) for name in validation_names]
+def _files(args: DataArguments, names: Sequence[str]) -> Corpus:
+    """Local files: a text is a document, held in memory; of the other files, each row is one."""
+    train = _read_documents(args, names)
+    if args.validation_files:
+        validation = _read_documents(args, args.validation_files)
+    elif train.column is None:
+        train, validation = map(Documents, zip(*map(_hold_out_end, train.rows), strict=True))
     else:
-        train, validation = map(list, zip(*map(_hold_out_end, train), strict=True))
-    return Corpus(", ".join(train_names), Documents(train), Documents(validation))
+        rows: Any = train.rows
+        places = [i for i in range(len(rows)) if i % HELD_OUT], range(0, len(rows), HELD_OUT)
+        train, validation = (Documents(rows.select(part), train.column) for part in places)
+    return Corpus(", ".join(names), train, validation)
+
+
+def _read_documents(args: DataArguments, names: Sequence[str]) -> Documents:
+    if _reader_of(names) == "text":
+        return Documents([_read_text(name) for name in names])
+    rows = _read_rows(names)
+    check_columns(rows, ", ".join(names), args)
+    return Documents(rows, args.text_column)
 
 
 def _read_text(name: str) -> str:
@@ -114,7 +128,7 @@ def _read_text(name: str) -> str:
 
 def _hold_out_end(text: str) -> tuple[str, str]:
     """Cuts off the last part of a text, at the end of a line where there is one."""
-    cut = int(len(text) * (1 - HELD_OUT_SHARE))
+    cut = int(len(text) * (1 - 1 / HELD_OUT))
     line_end = text.find("\n", cut)
     cut = line_end + 1 if 0 <= line_end < len(text) - 1 else cut
     return text[:cut], text[cut:]
@@ -163,14 +177,18 @@ def check_columns(dataset: datasets.Dataset, name: str, args: SourceArguments) -
         require(fits, f"{name}: column {column!r} holds {held}, not {kind}; choose another --{option}")
 
 
-def _read_rows(names: list[str]) -> datasets.Dataset:
+def _read_rows(names: Sequence[str]) -> datasets.Dataset:
     for name in names:
         require(Path(name).is_file(), f"there is no file {name}")
     require(any(Path(name).stat().st_size for name in names), f"there are no rows in {', '.join(names)}")
-    readers = {READERS.get(Path(name).suffix.lower()) for name in names}
-    if len(readers) > 1 or None in readers:
-        raise InputError(f"{', '.join(names)}: the files must all be of one kind: {', '.join(READERS)}")
-    return _load(", ".join(names), path=readers.pop(), data_files=names, split="train")
+    return _load(", ".join(names), path=_reader_of(names), data_files=list(names), split="train")
+
+
+def _reader_of(names: Sequence[str]) -> str:
+    readers = {READERS.get(Path(name).suffix.lower(), "") for name in names}
+    if len(readers) > 1 or "" in readers:
+        raise InputError(f"{', '.join(names)}: give files of one kind, one of {', '.join(READERS)}")
+    return readers.pop()
 
 
 def hold_out(

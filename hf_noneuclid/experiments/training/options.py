@@ -1,6 +1,7 @@
 """The options of the recipes: the defaults, then the file of ``--config``, then the command line."""
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from hf_noneuclid.experiments.training.arguments import DEFAULT_MODEL as DEFAULT
 from hf_noneuclid.experiments.training.arguments import option
 from hf_noneuclid.methods import all_names, default_learning_rate, step_size_of
 
+MORE = "Options of the Trainer, such as --seed, --bf16, --warmup_steps and --push_to_hub: see --help_all."
 OUTPUT = "Where checkpoints, the model, metrics.json and curves.png go."
 
 
@@ -26,6 +28,7 @@ OUTPUT = "Where checkpoints, the model, metrics.json and curves.png go."
 class RecipeArguments(TrainingArguments):
     """The Trainer's own arguments with the defaults of the recipes, and what they add to them."""
 
+    _argument_group_name: ClassVar[str] = "training"
     plain_learning_rate: ClassVar[float | None] = 1e-2
     """Where the learning rate alone decides how long steps are; None: the preset's."""
 
@@ -42,6 +45,7 @@ class RecipeArguments(TrainingArguments):
     data_license: str | None = option(None, "Licence of the data for the model card, where it is not known.")
 
     optim: str = option("muonmax_momo", "A method of hf_noneuclid or an optimizer of the Trainer.")
+    optim_args: str | None = option(None, "Options of the method: nuclear_norm=stale,momentum=0.9")
     learning_rate: float | None = option(
         None, "Peak learning rate. Default: 1.0 where it only bounds the step size, otherwise 0.01."
     )
@@ -177,14 +181,35 @@ ARGUMENT_TYPES: dict[str, tuple[type, ...]] = {
 
 
 class _Parser(HfArgumentParser):
-    """A parser that prints errors without its usage text, which has several pages."""
+    """A parser whose help has the recipe's own options in groups, and the Trainer's only where it is told to.
 
-    def __init__(self, types: Sequence[type]) -> None:
-        super().__init__(types, prog=Path(sys.argv[0]).name, allow_abbrev=False)
-        self.add_argument("--config", metavar="FILE.yaml", help="Defaults that the command line overrides.")
+    It prints errors without its usage text, which has several pages.
+    """
+
+    def __init__(self, types: Sequence[type], shows_all: bool = False) -> None:
+        texts = {"prog": Path(sys.argv[0]).name, "usage": "%(prog)s [--option value ...]", "epilog": MORE}
+        super().__init__(types, allow_abbrev=False, formatter_class=argparse.HelpFormatter, **texts)
+        for action in self._actions[1:]:  # the first one is --help
+            action.option_strings = action.option_strings[:1]  # only the help reads them: hyphens still work
+            if action.nargs == 0:  # --no_packing for --packing false
+                action.help = argparse.SUPPRESS
+            elif action.default is not None:
+                action.help = f"{action.help} (default: %(default)s)"
+        self.add_argument("--help_all", action="help", help="show the options of the Trainer, too, and exit")
+        self.add_argument("--config", metavar="FILE.yaml", help="defaults that the command line overrides")
+        classes = [base for base in types[-1].__mro__ if base not in TrainingArguments.__mro__]
+        own = {name for base in classes for name in inspect.get_annotations(base)}
+        group = self._action_groups[-1]
+        actions, group._group_actions = group._group_actions, []
+        others = self.add_argument_group("all others, of the Trainer")
+        for action in actions:
+            if action.dest in own or shows_all:
+                (group if action.dest in own else others)._group_actions.append(action)
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {secrets.scrub(message)} (--help lists every option)", file=sys.stderr)
+        print(
+            f"{self.prog}: error: {secrets.scrub(message)} (--help_all lists every option)", file=sys.stderr
+        )
         raise SystemExit(ExitCode.BAD_INPUT)
 
 
@@ -194,7 +219,7 @@ def parse(argv: Sequence[str], types: Sequence[type]) -> tuple[Any, ...]:
     Raises:
         SystemExit: An option is unknown, or its value cannot be used; the message says which.
     """
-    parser = _Parser(types)
+    parser = _Parser(types, shows_all="--help_all" in argv)
     try:
         _set_defaults(parser, read_config(argv))
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
@@ -225,7 +250,7 @@ def read_config(argv: Sequence[str]) -> dict[str, Any]:
 
 def _set_defaults(parser: argparse.ArgumentParser, config: dict[str, Any]) -> None:
     """Makes YAML values the defaults, as texts: argparse checks those as it checks the command line."""
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+    known = {action.dest for action in parser._actions} - {"help", "help_all", "config"}
     unknown = ", ".join(sorted(str(key) for key in config if key not in known))
     require(not unknown, f"unknown keys in the --config file: {unknown}")
     for key, value in config.items():
