@@ -20,9 +20,9 @@ _COUNTS = ("steps", "bad_steps", "truncated_steps", "limited_steps", "zero_steps
 
 
 def show_log() -> None:
-    """Prints the package's log from level INFO to stderr, on rank 0; may be called again.
+    """Prints the package's log from level INFO, which few scripts show, to stderr, on rank 0.
 
-    The table of matrices and vectors is logged at INFO, which few scripts show.
+    It may be called again.
     """
     package = logging.getLogger("hf_noneuclid")
     if os.environ.get("RANK", "0") != "0" or package.handlers:

@@ -178,7 +178,7 @@ def _check_sparse(model: nn.Module) -> None:
 
 def _tell_resumed_rate(optimizer: NonEuclideanDescent, args: Any, step: int) -> None:
     saved = optimizer.param_groups[0].get("initial_lr", args.learning_rate)
-    if step > 0 and saved != args.learning_rate:
+    if step > 0 and saved != args.learning_rate and args.process_index == 0:
         logger.warning(
             "learning_rate=%g is taken from %s, not %g: the run goes on with its own schedule. For another "
             "rate, start from the checkpoint's model alone.",
