@@ -125,7 +125,7 @@ class NonEuclidCallback(TrainerCallback):
         if optimizer is not None:
             _check_sparse(kwargs["model"])
             _tell_resumed_rate(optimizer, args, state.global_step)
-            logger.info("%s: %s; %s", _name(args.optim), _bounds(optimizer), engine_name())
+            logger.info("%s: %s; %s", _method(optimizer, args), _bounds(optimizer), engine_name())
             _warn_of_double_division(args)
             if has_momo(optimizer) and optimizer not in _FED_ALONE:
                 observe_all_accelerators()
@@ -207,6 +207,13 @@ def _warn_of_unseen_clipping(optimizer: NonEuclideanDescent) -> None:
         OBSERVER.warn(
             optimizer, "this Trainer does not clip gradients by Accelerator.clip_grad_norm_", "use it"
         )
+
+
+def _method(optimizer: NonEuclideanDescent, args: Any) -> str:
+    """The name that was asked for; where a class chose the method or the user passed it, what it is."""
+    group = optimizer.param_groups[0]
+    asked = _name(args.optim)
+    return asked if asked in all_names() else f"{group['descent']} descent in {group['product_norm']}"
 
 
 def _bounds(optimizer: NonEuclideanDescent) -> str:
