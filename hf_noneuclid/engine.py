@@ -128,12 +128,8 @@ def check_innermost(optimizer: Any, ours: Any, method: str) -> None:
         inner = optimizer
         while getattr(inner, "optimizer", None) is not None:
             inner = inner.optimizer
-        culprit = (
-            'the "optimizer" section of the DeepSpeed config'
-            if _engine() == DistributedType.DEEPSPEED
-            else "what made it: an overridden create_optimizer, or the argument optimizers of the Trainer"
-        )
         raise RuntimeError(
-            f"optim={method!r} was asked for, but {type(inner).__name__} is what would train. Remove "
-            f"{culprit}, or ask for another optim."
+            f"optim={method!r} was asked for, but {type(inner).__name__} is what would train. It came from "
+            "an overridden create_optimizer, the argument optimizers of the Trainer, or the engine. "
+            "Remove it, or ask for another optim."
         )

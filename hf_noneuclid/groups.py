@@ -137,7 +137,7 @@ def check_checkpoint(ours: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[
             an option has a value that was removed since. Other differences are warned of.
     """
     if saved and "descent" not in saved[0]:
-        known = ", ".join(sorted(set(saved[0]) - {"params", *_FOREIGN_KEYS}))
+        known = ", ".join(sorted(set(saved[0]) - _FOREIGN_KEYS))
         raise ValueError(
             f"the checkpoint was made by another optimizer, with the options {known}. Go on with that one, "
             "or start from the checkpoint's model alone."

@@ -203,7 +203,7 @@ def create_optimizer(
             an upper bound of the length of a step; 1 is the convention.
         weight_decay: Decoupled weight decay λ.
         decay_parameters: Names of the parameters that decay; by default all.
-        target_modules: Chooses the matrices instead of the routing's rules: names or a regular expression.
+        target_modules: Chooses the matrices instead of the routing's rules, as in ``route_parameters``.
         **values: As of ``resolve``.
 
     Raises:

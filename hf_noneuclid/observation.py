@@ -41,13 +41,14 @@ def has_momo(optimizer: NonEuclideanDescent) -> bool:
 class _Observer:
     """Passes losses and clipping to the optimizers of an accelerator that have Momo.
 
-    Losses add up as their gradients do: a backward that finds no gradient begins anew. So every backward
-    between two steps counts, and the loss of a step that a loss scaler skipped does not.
+    Losses add up as their gradients do: the first backward after a window of accumulation begins anew if it
+    finds no gradient. So every backward between two steps counts, and the loss of a step that a loss scaler
+    skipped does not, where gradients are then set to None.
     """
 
     def __init__(self) -> None:
         self._window_is_over: WeakKeyDictionary[Accelerator, bool] = WeakKeyDictionary()
-        """Under DeepSpeed, which keeps gradients to itself and steps in the backward that ends a window."""
+        """Whether the last backward ended one. FSDP2 shows no gradient before that."""
         self._factors: WeakKeyDictionary[NonEuclideanDescent, Tensor | float] = WeakKeyDictionary()
         self._warned: WeakSet[NonEuclideanDescent] = WeakSet()
         self.knows_clipping: WeakSet[NonEuclideanDescent] = WeakSet()
@@ -58,7 +59,8 @@ class _Observer:
         is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         for wrapped, ours in _with_momo(accelerator):
             is_over = self._window_is_over.get(accelerator, True)
-            ours.observe_loss(share, begin=is_over if is_deepspeed else not _has_gradient(ours))
+            # DeepSpeed shows none at all, and steps in the backward that ends a window.
+            ours.observe_loss(share, begin=is_over and (is_deepspeed or not _has_gradient(ours)))
             self._factors.pop(ours, None)
             ours.observe_clipping(1.0)  # not that of a step which a loss scaler skipped
             if is_deepspeed:
@@ -151,7 +153,7 @@ def _accumulation_divisor(accelerator: Accelerator, scale_wrt_gas: bool = True, 
 
 OBSERVER = _Observer()
 _OBSERVED_ALONE: WeakSet[Accelerator] = WeakSet()
-"""Accelerators that are observed by themselves, for a NonEuclidTrainerMixin."""
+"""Accelerators that are observed by themselves."""
 
 Plain = Callable[..., Any]
 
@@ -222,7 +224,8 @@ def observe(accelerator: Accelerator) -> None:
 
     Args:
         accelerator: Whose ``backward``, ``clip_grad_norm_`` and ``clip_grad_value_`` are observed. Every loss
-            between two steps counts, also under gradient accumulation and with several optimizers.
+            between two steps counts, also under gradient accumulation. Of several optimizers, each steps
+            after its own backward.
 
     Example:
         >>> import torch, hf_noneuclid

@@ -110,7 +110,7 @@ class NonEuclideanDescent(Optimizer):
             for each parameter. Named parameters are accepted.
         lr: Learning rate η, one for all groups. With the slope it is only the largest length of a step, and
             1 is the convention; its schedule multiplies the length from its peak on.
-        route: Makes groups with a norm of ``params``, which have none where a Trainer makes them.
+        route: Called with ``params``; returns groups that have a norm. For Trainers, whose groups have none.
         **options: ``descent`` and ``product_norm``, and any other option of ``hf_noneuclid.options.Options``;
             ``help(Options)`` lists them with their ranges and defaults.
 

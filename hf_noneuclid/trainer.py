@@ -15,6 +15,7 @@ import difflib
 import functools
 import logging
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 from weakref import WeakSet, WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .groups import one_group
 from .log import StepLog
@@ -110,6 +111,7 @@ class NonEuclidCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(kwargs.get("model"), nn.Module):
             _MODELS[id(args)] = kwargs["model"]
+            weakref.finalize(args, _MODELS.pop, id(args), None)
         if _name(args.optim) in all_names():
             _check_optim_args(args.optim_args)
             check_engine()
@@ -123,7 +125,8 @@ class NonEuclidCallback(TrainerCallback):
         self._first_step = state.global_step + 1
         self._watched = _watched_steps(state.global_step, state.max_steps, args)
         if optimizer is not None:
-            _check_sparse(kwargs["model"])
+            if isinstance(kwargs.get("model"), nn.Module):
+                _check_sparse(kwargs["model"])
             _tell_resumed_rate(optimizer, args, state.global_step)
             logger.info("%s: %s; %s", _method(optimizer, args), _bounds(optimizer), engine_name())
             _warn_of_double_division(args)
@@ -169,16 +172,16 @@ def _check_optim_args(optim_args: Any) -> None:
 
 def _check_sparse(model: nn.Module) -> None:
     """Refuses sparse gradients before torch fails to clip them."""
-    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", None) is True]
-    if sparse:
-        raise RuntimeError(
-            f"{', '.join(sparse[:6])} makes sparse gradients, which have no norm here: set sparse=False."
-        )
+    for name, module in model.named_modules():
+        is_sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+        if is_sparse and module.weight.requires_grad:
+            raise RuntimeError(f"{name}: sparse gradients have no norm here. Set its sparse=False.")
 
 
 def _tell_resumed_rate(optimizer: NonEuclideanDescent, args: Any, step: int) -> None:
-    saved = optimizer.param_groups[0].get("initial_lr", args.learning_rate)
-    if step > 0 and saved != args.learning_rate and args.process_index == 0:
+    asked = optimizer.defaults["lr"]
+    saved = optimizer.param_groups[0].get("initial_lr", asked)
+    if step > 0 and saved != asked and args.process_index == 0:
         logger.warning(
             "learning_rate=%g is taken from %s, not %g: the run goes on with its own schedule. For another "
             "rate, start from the checkpoint's model alone.",
@@ -186,7 +189,7 @@ def _tell_resumed_rate(optimizer: NonEuclideanDescent, args: Any, step: int) -> 
             args.resume_from_checkpoint
             if isinstance(args.resume_from_checkpoint, str)
             else f"the checkpoint of step {step}",
-            args.learning_rate,
+            asked,
         )
 
 
@@ -219,12 +222,17 @@ def _method(optimizer: NonEuclideanDescent, args: Any) -> str:
 def _bounds(optimizer: NonEuclideanDescent) -> str:
     """What bounds the step size, in words."""
     group = optimizer.param_groups[0]
+    rate = f"the learning rate, {group.get('initial_lr', group['lr']):g}"
     bounds = {
         "slope": "the slope along the last step",
         "momo": f"Momo with loss_lower_bound={group['loss_lower_bound']:g}",
     }
     its = [words for name, words in bounds.items() if name in group["step_size"]]
-    return f"the step size is bounded by {', '.join([*its, 'the learning rate'])} ({group['lr']:g} now)"
+    return (
+        f"the step size is bounded by {', by '.join(its)} and by {rate}"
+        if its
+        else f"the step size is {rate}"
+    )
 
 
 # ---------------------------------------------------------------- by name
@@ -236,45 +244,70 @@ def _make_optimizer_arguments(
     """The keyword arguments of NonEuclideanDescent for a Trainer, which adds its own groups."""
     check_engine()
     settings, tuning = resolve(method, **values)
+    rates = {args.learning_rate}
     _choose_learning_rate(args, method, settings.step_size)
+    rates.add(args.learning_rate)  # a Trainer may have made its groups before
     scale = {key: tuning[key] for key in ("matrix_lr_scale",) if key in tuning}
-    route = functools.partial(_route, args, model, settings, scale)
+    route = functools.partial(_route, args, model, settings, rates, scale)
     return {"lr": args.learning_rate, "route": route, **optimizer_arguments(settings, tuning)}
 
 
 def _route(
-    args: Any, model: nn.Module, settings: Method, scale: dict[str, float], params: Iterable[Any]
+    args: Any,
+    model: nn.Module,
+    settings: Method,
+    rates: set[float],
+    scale: dict[str, float],
+    params: Iterable[Any],
 ) -> list[dict[str, Any]]:
     """Groups with norms from the groups of a Trainer, which only say what decays, or from parameters.
 
     Raises:
-        ValueError: A group has a learning rate of its own, or the model lacks a parameter.
+        ValueError: A group has a learning rate or options of its own, two groups have the same parameter, or
+            the model lacks one.
     """
-    given = list(params)
-    given = given if given and isinstance(given[0], dict) else [{"params": given}]
-    decay = {}
-    for group in given:
-        if group.get("lr", args.learning_rate) != args.learning_rate:
-            raise ValueError(
-                f"a group of parameters has a learning rate of its own, {group['lr']:g}; here is one for "
-                f"all, {args.learning_rate:g}. Leave out what sets others, such as learning_rate_mapping."
-            )
-        for entry in group["params"]:
+    entries = list(params)
+    given = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    remaining = {}
+    for index, group in enumerate(given):
+        _check_given(group, rates)
+        its = group["params"]
+        for entry in [its] if isinstance(its, Tensor) else its:
             parameter = entry[1] if isinstance(entry, tuple) else entry
+            if id(parameter) in remaining:
+                raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is in two groups.")
             if parameter.requires_grad:
-                decay[id(parameter)] = group.get("weight_decay", args.weight_decay)
+                remaining[id(parameter)] = index
     groups = []
     for group in create_groups(model, settings, target_modules=args.optim_target_modules, **scale):
-        its = [(named, decay.pop(id(named[1]))) for named in group["params"] if id(named[1]) in decay]
-        for value in dict.fromkeys(value for _, value in its):
-            alike = [named for named, its_value in its if its_value == value]
-            groups.append({**group, "params": alike, "weight_decay": value})
-    if decay:
+        found = [
+            (named, remaining.pop(id(named[1]))) for named in group["params"] if id(named[1]) in remaining
+        ]
+        for index in dict.fromkeys(index for _, index in found):
+            alike = [named for named, its_index in found if its_index == index]
+            decay = given[index].get("weight_decay", args.weight_decay)
+            groups.append({**group, "params": alike, "weight_decay": decay})
+    if remaining:
         raise ValueError(
-            f"{len(decay)} of the parameters to train are not in {type(model).__name__}, whose modules tell "
-            "matrices from vectors. Call get_optimizer_cls_and_kwargs(args, module) with one that has them."
+            f"{len(remaining)} of the parameters to train are not in {type(model).__name__}, whose modules "
+            "tell matrices from vectors. Call get_optimizer_cls_and_kwargs(args, module) with one that has "
+            "them, or pass optimizers=(hf_noneuclid.create_optimizer(...), None) to the Trainer."
         )
     return one_group(groups) if steps_group_by_group() else groups
+
+
+def _check_given(group: dict[str, Any], rates: set[float]) -> None:
+    """Refuses what a Trainer's group says and a step would ignore."""
+    if "lr" in group and group["lr"] not in rates:
+        raise ValueError(
+            f"a group of parameters has a learning rate of its own, {group['lr']:g}; here is one for all, "
+            f"{max(rates):g}. Leave out what sets others, such as learning_rate_mapping."
+        )
+    if unknown := set(group) - {"params", "param_names", "weight_decay", "lr", "initial_lr"}:
+        raise ValueError(
+            f"a group of parameters has {', '.join(sorted(unknown))}; of a Trainer's groups only "
+            "weight_decay can differ. Pass options in optim_args."
+        )
 
 
 def _choose_learning_rate(args: Any, method: str, step_size: str) -> None:
@@ -342,10 +375,10 @@ def _refuse_name(cls: type[OptimizerNames], value: object) -> NoReturn:
     ours = [name for name in all_names() if "-" not in name]
     theirs = [name for name in cls._value2member_map_ if name not in all_names()]
     near = difflib.get_close_matches(str(value).replace("-", "_"), [*ours, *theirs])
-    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Those of transformers: {', '.join(theirs)}."
     raise ValueError(
-        f"{value!r} is not an optimizer of the Trainer. {hint}Those of hf_noneuclid: {', '.join(METHODS)}, "
-        f"{FREE_METHOD}; of transformers: {', '.join(theirs)}."
+        f"{value!r} is not an optimizer of the Trainer. Those of hf_noneuclid: {', '.join(METHODS)}, "
+        f"{FREE_METHOD}. {hint}"
     )
 
 
@@ -415,6 +448,7 @@ class NonEuclidTrainerMixin(_MixedInto):
 
     def _method_and_options(self) -> tuple[str, dict[str, Any]]:
         asked, default = (_name(optim) for optim in (self.args.optim, _default(self.args, "optim")))
+        _check_optim_args(self.args.optim_args)
         values = parse_options(_parse_optim_args(self.args.optim_args))
         if asked in all_names():
             return asked, values

@@ -96,7 +96,6 @@ def test_another_optimizer_than_the_one_asked_for_is_refused(tmp_path):
     adam = torch.optim.AdamW(model.parameters())
     args = TrainingArguments(str(tmp_path), optim="muonmax_momo", use_cpu=True, report_to="none")
     trainer = Trainer(model, args, train_dataset=[{"input": torch.zeros(2)}], optimizers=(adam, None))
-    message = r"'muonmax_momo' was asked for, but AdamW is what would train\. Remove what made it"
-    with pytest.raises(RuntimeError, match=message) as error:
+    message = r"'muonmax_momo' was asked for, but AdamW is what would train\. It came from"
+    with pytest.raises(RuntimeError, match=message):
         trainer.train()
-    assert "DeepSpeed" not in str(error.value)

@@ -248,6 +248,9 @@ def test_groups_that_cannot_be_routed_are_refused(arguments):
         optimizer_class([{"params": model.parameters(), "lr": 0.5}], **values)
     with pytest.raises(ValueError, match="1 of the parameters to train are not in GPT2LMHeadModel"):
         optimizer_class([*model.parameters(), nn.Parameter(torch.ones(2, 2))], **values)
+    for group, message in [({"momentum": 0.5}, "a group of parameters has momentum"), ({}, "in two groups")]:
+        with pytest.raises(ValueError, match=message):
+            optimizer_class([{"params": p, **group} for p in [model.lm_head.weight] * 2], **values)
 
 
 def test_a_trainer_that_asks_without_the_model_gets_its_own(arguments):
@@ -1076,7 +1079,9 @@ def test_a_misspelt_optimizer_is_refused_with_the_nearest_names(arguments):
 def test_sparse_gradients_are_refused_before_training(arguments):
     model = gpt2()
     model.transformer.wpe.sparse = True
-    with pytest.raises(RuntimeError, match=r"transformer.wpe makes sparse gradients.*sparse=False"):
+    with pytest.raises(
+        RuntimeError, match=r"transformer.wpe: sparse gradients have no norm here.*sparse=False"
+    ):
         Trainer(model, arguments(), train_dataset=sequences()).train()
 
 
@@ -1109,8 +1114,8 @@ def test_the_log_begins_with_what_trains(arguments, trainer_class, caplog):
     assert "such as 2 x transformer.h.*.mlp.c_fc.weight (16, 64)" in lines[0]
     assert lines[1].startswith("vectors: 20 tensors, ")
     assert lines[2] == (
-        "muonmax_momo: the step size is bounded by the slope along the last step, Momo with "
-        "loss_lower_bound=0, the learning rate (1 now); one device"
+        "muonmax_momo: the step size is bounded by the slope along the last step, by Momo with "
+        "loss_lower_bound=0 and by the learning rate, 1; one device"
     )
     with caplog.at_level("DEBUG", logger="hf_noneuclid"):
         optimizer_of(trainer_class(gpt2(), arguments()))

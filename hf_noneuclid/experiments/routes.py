@@ -1,9 +1,10 @@
-"""Shows which parameters of a model are matrices, without training.
+"""Shows which parameters of a model or of a script are matrices.
 
     noneuclid routes gpt2
     noneuclid routes train.py --optim muonmax_momo ...
 
-A script runs until it has made its optimizer.
+A script runs until it makes an optimizer of hf_noneuclid, and does not train then; without one it runs to
+its end.
 """
 
 import argparse
@@ -31,17 +32,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table; ``argv`` is by default the command line of the process."""
     parser = argparse.ArgumentParser(prog="noneuclid routes", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "model", help=f"a script, or {', '.join(MODELS)}, a folder, a config.json, or an id of the Hub"
+        "model",
+        help=f"a script, or, as a causal language model, {', '.join(MODELS)}, a folder, a config.json, or an "
+        "id of the Hub",
     )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
     args = parser.parse_args(argv)
     if args.model.endswith(".py"):
         _show_of_script([args.model, *args.arguments])
     try:
-        model = build(load_config(args.model), torch.device("meta"))
+        if args.arguments:
+            raise ValueError(f"arguments are for a script, not for a model: {' '.join(args.arguments)}")
+        print(route_parameters(build(load_config(args.model), torch.device("meta")))[1])
     except ValueError as error:
         parser.error(str(error))
-    print(route_parameters(model)[1])
 
 
 def _show_of_script(command: list[str]) -> NoReturn:
