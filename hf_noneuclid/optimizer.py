@@ -517,7 +517,7 @@ class NonEuclideanDescent(Optimizer):
 # The options are keywords of the constructor, and show as such in help() and to tools that ask for them.
 NonEuclideanDescent.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
-        *list(inspect.signature(NonEuclideanDescent.__init__).parameters.values())[1:4],
+        *list(inspect.signature(NonEuclideanDescent.__init__).parameters.values())[1:3],
         *inspect.signature(Options).parameters.values(),
     ]
 )

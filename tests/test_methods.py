@@ -126,8 +126,10 @@ def test_defaults_are_those_of_the_paper_except_the_slope():
 
 
 def test_what_went_where_is_logged_once(caplog):
-    with caplog.at_level(logging.INFO, logger="hf_noneuclid"):
+    with caplog.at_level(logging.DEBUG, logger="hf_noneuclid"):
         create_optimizer(model(), lr=1e-2)
-    (record,) = caplog.records
-    assert "(8, 4)  x1  matrix  linear map" in record.getMessage()
-    assert "matrices: 2 tensors, 48 elements" in record.getMessage()
+    summary, table = caplog.records
+    assert summary.levelno == logging.INFO
+    assert summary.getMessage().startswith("matrices: 2 tensors, 48 elements, such as 1 x *.weight (8, 4), ")
+    assert table.levelno == logging.DEBUG
+    assert "(8, 4)  x1  matrix  linear map" in table.getMessage()
