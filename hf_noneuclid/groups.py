@@ -70,10 +70,7 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any], index: in
     given = {key: value for key, value in group.items() if key not in _FOREIGN_KEYS}
     options.check_known(given, {"lr", *options.fields(Options, ParameterOptions)}, where)
     if "norm" not in given:
-        raise ValueError(
-            f'{where}no norm. Add "norm": one of {", ".join(NORMS)}. (A Trainer that makes groups by itself, '
-            "for learning rates that differ between parameters, cannot be used: there is one learning rate.)"
-        )
+        raise ValueError(f'{where}no norm. Add "norm": one of {", ".join(NORMS)}.')
     for name, value in given.items():
         if name in PARAMETER_OPTIONS:
             for one in value if isinstance(value, (list, tuple)) else [value]:

@@ -228,11 +228,9 @@ def _bounds(optimizer: NonEuclideanDescent) -> str:
         "momo": f"Momo with loss_lower_bound={group['loss_lower_bound']:g}",
     }
     its = [words for name, words in bounds.items() if name in group["step_size"]]
-    return (
-        f"the step size is bounded by {', by '.join(its)} and by {rate}"
-        if its
-        else f"the step size is {rate}"
-    )
+    if not its:
+        return f"the step size is {rate}"
+    return f"the step size is bounded by {', by '.join(its)} and by {rate}"
 
 
 # ---------------------------------------------------------------- by name
@@ -280,11 +278,11 @@ def _route(
                 remaining[id(parameter)] = index
     groups = []
     for group in create_groups(model, settings, target_modules=args.optim_target_modules, **scale):
-        found = [
-            (named, remaining.pop(id(named[1]))) for named in group["params"] if id(named[1]) in remaining
-        ]
-        for index in dict.fromkeys(index for _, index in found):
-            alike = [named for named, its_index in found if its_index == index]
+        by_given: dict[int, list[Any]] = {}
+        for named in group["params"]:
+            if id(named[1]) in remaining:
+                by_given.setdefault(remaining.pop(id(named[1])), []).append(named)
+        for index, alike in by_given.items():
             decay = given[index].get("weight_decay", args.weight_decay)
             groups.append({**group, "params": alike, "weight_decay": decay})
     if remaining:
